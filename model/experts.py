@@ -1,0 +1,40 @@
+"""`ExpertBackend`, the line between the model and wherever its experts live, and `LocalExperts`, the backend that holds
+them in this process and is the oracle of every other one.
+
+Shapes: N routed rows sorted by expert, D hidden, E experts. Knows nothing of routing, processes or transports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..kernels.grouped_mlp import ExpertWeights, grouped_mlp
+
+
+class ExpertBackend(Protocol):
+    """Runs the routed experts of a layer. `dispatch` starts, `collect` waits: whatever the caller computes in between
+    overlaps with the experts where the backend can."""
+
+    def dispatch(self, layer: int, rows_ND: Tensor, counts_E: Sequence[int]) -> Any:
+        """Start expert e of `layer` on its counts_E[e] rows (scores are already applied). Returns a handle."""
+        ...
+
+    def collect(self, pending: Any) -> Tensor:
+        """The experts' outputs [N, D], in the order of the rows given to `dispatch`."""
+        ...
+
+
+class LocalExperts:
+    """All experts in this process, computed on `collect`."""
+
+    def __init__(self, experts: dict[int, list[ExpertWeights]]) -> None:
+        self._experts = experts
+
+    def dispatch(self, layer: int, rows_ND: Tensor, counts_E: Sequence[int]) -> tuple[int, Tensor, Sequence[int]]:
+        return layer, rows_ND, counts_E
+
+    def collect(self, pending: tuple[int, Tensor, Sequence[int]]) -> Tensor:
+        layer, rows_ND, counts_E = pending
+        return grouped_mlp(rows_ND, counts_E, self._experts[layer])

@@ -1,0 +1,62 @@
+"""What serving one model needs beside its weights: shape, tokenizer, stop ids and the ids that may never be drawn.
+Reads the files of a `ModelSource`; knows nothing of processes or requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .byte_tokenizer import byte_tokenizer
+from .checkpoint import DummySource, SafetensorsSource, WeightSource
+from .config import Llama4Config, parse_config
+from .decoder import Decoder
+from .loading import Loader, Progress
+from .source import ModelSource
+from .tensor_names import text_tensors
+from .tokenizer import Tokenizer
+
+_UNDERSTOOD = frozenset({"<|python_start|>", "<|python_end|>"})
+"""Special tokens that an answer may hold although they do not end it."""
+_ENDS = ("<|end_of_text|>", "<|eom|>", "<|eot|>")
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model's text side. Build it with `open_model`."""
+
+    source: ModelSource
+    config: Llama4Config
+    tokenizer: Tokenizer
+    eos_ids: frozenset[int]
+    """Ids that end an answer."""
+    suppressed_ids: frozenset[int]
+    """Ids that must not be drawn: special tokens that mean nothing in an answer, and ids that no token has."""
+
+    def weights(self, seed: int = 0) -> WeightSource:
+        """The checkpoint's tensors, or seeded random ones for a dummy model."""
+        if self.source.load_format == "dummy" or self.source.directory is None:
+            return DummySource(text_tensors(self.config), seed, getattr(torch, self.config.dtype))
+        return SafetensorsSource(self.source.directory)
+
+    def decoder(
+        self, *, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0, progress: Progress | None = None
+    ) -> Decoder:
+        """Load the weights. Raises CheckpointError."""
+        weights = self.weights(seed)
+        try:
+            return Loader(weights, self.config, dtype=dtype, device=device, progress=progress).decoder()
+        finally:
+            weights.close()
+
+
+def open_model(source: ModelSource) -> ServedModel:
+    """Read configuration and tokenizer. Raises ConfigError or TokenizerError."""
+    config = parse_config(source.config_json, source.generation_json)
+    directory = source.tokenizer_dir
+    tokenizer = byte_tokenizer(config.vocab_size) if directory is None else Tokenizer.from_dir(directory)
+    special = tokenizer.special_tokens
+    eos_ids = frozenset(config.eos_token_ids) or frozenset(special[name] for name in _ENDS if name in special)
+    unused = tokenizer.special_ids - {special[name] for name in _UNDERSTOOD if name in special}
+    beyond = range(tokenizer.vocab_size, config.vocab_size)
+    return ServedModel(source, config, tokenizer, eos_ids, frozenset({*unused, *beyond} - eos_ids))
