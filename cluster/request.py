@@ -47,6 +47,9 @@ class EngineRequest:
     """On the engine's clock; the request fails with DeadlineExceeded once it has passed."""
     cache_salt: str = ""
     """Requests share cached prefixes only with requests of the same salt."""
+    num_resumed_tokens: int = 0
+    """How many of the last `prompt_ids` are output of an earlier attempt: they count as output for penalties,
+    min_tokens and max_tokens, and are not sent again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +62,10 @@ class TokenLogprob:
     top_logprobs: tuple[float, ...]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Request:
-    """A request's life inside one engine. `num_computed_tokens` catches up with `num_tokens`: prefill, chunked prefill,
-    prefix hits, decoding, preemption and resumption are all the same movement."""
+    """A request's life inside one engine; equal only to itself. `num_computed_tokens` catches up with `num_tokens`:
+    prefill, chunked prefill, prefix hits, decoding, preemption and resumption are all the same movement."""
 
     spec: EngineRequest
     arrival: int
@@ -75,6 +78,12 @@ class Request:
     """Prompt tokens that the prefix cache supplied when the request was first scheduled."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    stop_ids: frozenset[int] = frozenset()
+    """Ids that end the output; set by the scheduler, which knows the model's own."""
+    max_num_tokens: int = 0
+    """`num_tokens` at which the output ends for length; set by the scheduler, which knows the limits."""
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Chain hashes of its full KV blocks, extended as they fill (see `prefix_cache.py`)."""
 
     def __post_init__(self) -> None:
         if not self.token_ids:
@@ -86,7 +95,7 @@ class Request:
 
     @property
     def num_prompt_tokens(self) -> int:
-        return len(self.spec.prompt_ids)
+        return len(self.spec.prompt_ids) - self.spec.num_resumed_tokens
 
     @property
     def num_tokens(self) -> int:
@@ -94,7 +103,7 @@ class Request:
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.token_ids) - len(self.spec.prompt_ids)
+        return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def order(self) -> tuple[int, int]:
@@ -118,3 +127,8 @@ class StepOutput:
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
     error: Exception | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the request ended with this output."""
+        return self.finish_reason is not None or self.error is not None

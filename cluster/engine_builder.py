@@ -1,0 +1,116 @@
+"""Puts an engine together from a model and its settings: sizes the KV cache, chooses what the settings left open and
+says what it chose. Knows devices and memory, not requests."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from ..model.decoder import Decoder
+from ..model.kv_cache import KvCache, page_bytes
+from ..model.sampling import Sampler
+from .config import EngineConfig
+from .engine import Engine
+from .kv_layout import KvLayout
+from .kv_manager import KvManager
+from .request import StepOutput
+from .runner import ModelRunner
+from .scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+_CPU_SHARE = 0.25
+"""Share of the free memory that the KV cache may take on a CPU machine, where other programs live too."""
+_GPU_SHARE = 0.9
+_STEP_TOKENS = {"cpu": 512, "cuda": 8192}
+"""Tokens per step where nothing is configured: enough to saturate the device, few enough not to stall decoding."""
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """What an engine will use; `choose` makes it."""
+
+    layout: KvLayout
+    kv_bytes: int
+    max_model_len: int
+    max_num_batched_tokens: int
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto` is cuda where there is one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def choose(decoder: Decoder, settings: EngineConfig, max_model_len: int | None) -> EnginePlan:
+    """Fill in what the settings leave open. Raises ValueError when the KV cache cannot hold a single block."""
+    config = decoder.config
+    local = config.num_local_layers
+    layout = KvLayout.build(
+        num_global_layers=config.num_layers - local,
+        num_local_layers=local,
+        chunk=config.attention_chunk_size,
+        block_size=settings.block_size,
+    )
+    length = min(max_model_len or config.max_position_embeddings, config.max_position_embeddings)
+    one_page = page_bytes(config, layout.layers_per_page, layout.block_size, decoder.dtype)
+    wanted = settings.max_num_seqs * layout.pages_for(length) * one_page
+    if settings.kv_memory is not None:
+        memory = settings.kv_memory
+    elif decoder.device.type == "cuda":
+        memory = min(wanted, int(torch.cuda.mem_get_info(decoder.device)[0] * _GPU_SHARE))
+    else:
+        memory = min(wanted, int(psutil.virtual_memory().available * _CPU_SHARE))
+    num_pages = memory // one_page
+    if num_pages < layout.pages_for(1):
+        raise ValueError(
+            f"kv_memory of {memory} bytes holds no block; one takes {layout.pages_for(1) * one_page} bytes"
+        )
+    step = settings.max_num_batched_tokens or max(_STEP_TOKENS[decoder.device.type], settings.max_num_seqs)
+    return EnginePlan(layout.with_pages(num_pages), num_pages * one_page, length, step)
+
+
+def build_engine(
+    decoder: Decoder,
+    settings: EngineConfig,
+    plan: EnginePlan,
+    *,
+    eos_ids: frozenset[int],
+    suppressed_ids: frozenset[int] = frozenset(),
+    on_outputs: Callable[[list[StepOutput]], None],
+    on_fault: Callable[[BaseException], None] = lambda error: None,
+) -> Engine:
+    """An engine that is ready to step."""
+    layout = plan.layout
+    kv = KvManager(layout, settings.prefix_caching)
+    cache = KvCache(
+        decoder.config,
+        num_pages=layout.num_pages,
+        layers_per_page=layout.layers_per_page,
+        block_size=layout.block_size,
+        dtype=decoder.dtype,
+        device=decoder.device,
+    )
+    sampler = Sampler(decoder.config.vocab_size, eos_ids=eos_ids, suppressed_ids=suppressed_ids, device=decoder.device)
+    scheduler = Scheduler(
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=plan.max_num_batched_tokens,
+        max_queued=settings.max_queued,
+        max_model_len=plan.max_model_len,
+        kv=kv,
+        eos_ids=eos_ids,
+    )
+    runner = ModelRunner(decoder, cache, sampler, kv, settings.max_num_seqs)
+    logger.info(
+        "KV cache: %d pages, %.1f MiB; %d tokens a step; context %d",
+        layout.num_pages,
+        plan.kv_bytes / 2**20,
+        plan.max_num_batched_tokens,
+        scheduler.max_num_tokens,
+    )
+    return Engine(scheduler, runner, on_outputs=on_outputs, on_fault=on_fault)
