@@ -1,0 +1,134 @@
+"""Perplexity of `pocket` on held-out text, by domain, with right and with wrong routing.
+
+    python bench/pocket_perplexity.py HELDOUT_DIR [--dtype bfloat16] [--wrong-routing] [--cache-dir DIR] [--out FILE]
+
+HELDOUT_DIR holds one text file a domain, documents separated by NUL. Windows: the first 1,024 tokens of each document,
+about 6,000 tokens a domain; in chat transcripts only the answer counts. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from herd.kernels import route as route_module
+from herd.kernels.paged_attention import PagedKeys
+from herd.kernels.route import Route
+from herd.model import decoder as decoder_module
+from herd.model.decoder import Batch, Decoder, GroupPages
+from herd.model.kv_cache import KvCache
+from herd.model.served_model import ServedModel, open_model
+from herd.model.source import resolve_model
+
+ANSWER = "<|im_start|>assistant\n"
+WINDOW = 1024
+TOKENS_PER_DOMAIN = 6000
+MIN_TOKENS = 16
+
+
+class Scorer:
+    """Negative log-likelihoods of one sequence at a time, through the decoder that serves."""
+
+    def __init__(self, served: ServedModel, dtype: torch.dtype) -> None:
+        self.decoder: Decoder = served.decoder(dtype=dtype)
+        config = served.config
+        self._local = config.num_local_layers > 0
+        self._cache = KvCache(
+            config,
+            num_pages=WINDOW // 16 + 1,
+            layers_per_page=config.num_layers,
+            block_size=16,
+            dtype=dtype,
+        )
+
+    def nll(self, ids: list[int]) -> Tensor:
+        """-log p(ids[i] | ids[:i]) for i >= 1."""
+        count = len(ids) - 1
+        positions_T = torch.arange(count)
+        tables = torch.arange(self._cache.places[0].slot, WINDOW // 16 + 1, dtype=torch.int32)[None]
+        keys = PagedKeys(tables, torch.tensor([count], dtype=torch.int32), [count])
+        pages = {(self._local, 0): GroupPages(positions_T, keys)}
+        batch = Batch(torch.tensor(ids[:-1]), positions_T, [0, count], pages)
+        logits_TV = self.decoder.logits(self.decoder.forward(batch, self._cache)).float()
+        return -torch.log_softmax(logits_TV, -1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def windows(served: ServedModel, text: str) -> list[tuple[list[int], int]]:
+    """(ids, tokens of the head that do not count) of a domain's documents."""
+    encode = served.tokenizer.encode_with_special
+    found, total = [], 0
+    for document in text.split("\0"):
+        head: list[int] = []
+        body = document
+        if ANSWER in document:
+            before, body = document.split(ANSWER, 1)
+            head = encode(before + ANSWER)
+        skip = max(0, len(head) - 1)
+        ids = (head + encode(body))[: WINDOW + 1]
+        if len(ids) - skip >= MIN_TOKENS and total < TOKENS_PER_DOMAIN:
+            found.append((ids, skip))
+            total += len(ids) - 1 - skip
+    return found
+
+
+def perplexity(scorer: Scorer, domains: dict[str, list[tuple[list[int], int]]]) -> dict[str, float]:
+    """Perplexity of each domain and their geometric mean."""
+    logs = {}
+    for name, found in domains.items():
+        losses = torch.cat([scorer.nll(ids)[skip:] for ids, skip in found])
+        logs[name] = losses.double().mean().item()
+    result = {name: round(math.exp(value), 3) for name, value in logs.items()}
+    return {"geometric_mean": round(math.exp(sum(logs.values()) / len(logs)), 3), **result}
+
+
+def with_routing(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor, int], Route]:
+    """A router that sends each token where `change` says, with the score of the expert it should have gone to."""
+
+    def route(logits_TE: Tensor, k: int) -> Route:
+        chosen_T = logits_TE.float().argmax(-1)
+        wrong_TE = torch.full_like(logits_TE, float("-inf"))
+        wrong_TE.scatter_(1, change(chosen_T)[:, None], logits_TE.gather(1, chosen_T[:, None]))
+        plan = route_module.route_ref(wrong_TE, k)
+        return replace(plan, scores_N=plan.scores_N.contiguous())
+
+    return route
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("heldout", type=Path)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--wrong-routing", action="store_true")
+    parser.add_argument("--cache-dir", type=Path, default=Path.home() / ".cache" / "herd")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    served = open_model(resolve_model("pocket", cache_dir=args.cache_dir))
+    scorer = Scorer(served, getattr(torch, args.dtype))
+    domains = {
+        path.stem: windows(served, path.read_text(encoding="utf-8")) for path in sorted(args.heldout.glob("*.txt"))
+    }
+    result: dict[str, object] = {"dtype": args.dtype, "torch": torch.__version__, "machine": platform.machine()}
+    result["right"] = perplexity(scorer, domains)
+    if args.wrong_routing:
+        experts = served.config.num_experts
+        original = decoder_module.route
+        try:
+            decoder_module.route = with_routing(lambda chosen_T: (chosen_T + 1) % experts)
+            result["next_expert"] = perplexity(scorer, domains)
+        finally:
+            decoder_module.route = original
+    print(json.dumps(result))
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

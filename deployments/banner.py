@@ -1,0 +1,91 @@
+"""What `herd serve` says once it is ready. Text only: knows nothing of how the facts were found."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..cluster.sizes import format_size
+from .config import Effective, HttpConfig
+
+_ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
+_QUESTION = "What is the capital of France?"
+
+
+def base_url(http: HttpConfig) -> str:
+    """Where a client on this machine connects."""
+    host = _ANYWHERE.get(http.host) or (f"[{http.host}]" if ":" in http.host else http.host)
+    return f"http://{host}:{http.port}"
+
+
+def ready_banner(effective: Effective, name: str, info: Mapping[str, Any], ingress: str, logs: Path | None) -> str:
+    """At most ten lines. `info` is what `Engine.info` says (unknown or missing facts are left out); `name` is the model
+    name that requests use."""
+    config = effective.config
+    url = base_url(config.http)
+    rows = [
+        ("Ready", f"{url}/v1   ({_through(ingress, config.gateway.replicas, config.engine.replicas)})"),
+        ("Model", " · ".join([name, *_model_facts(info)])),
+        ("Memory", " · ".join(_memory_facts(info)) or None),
+        ("Set", ", ".join(changed_settings(effective)) or None),
+        ("Logs", None if logs is None else str(logs)),
+        ("Stop", "Ctrl-C: running requests finish first; once more to stop at once"),
+        ("Try", curl_line(url, name)),
+    ]
+    lines = [f"{title:<8}{text}" for title, text in rows if text]
+    if config.http.host not in ("127.0.0.1", "localhost", "::1"):
+        lines.append("Warning every machine that reaches this address can use the server: it asks for no key")
+    return "\n".join(lines)
+
+
+def curl_line(url: str, name: str) -> str:
+    """A command to paste into a shell."""
+    body = json.dumps({"model": name, "messages": [{"role": "user", "content": _QUESTION}], "max_tokens": 64})
+    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+
+
+def changed_settings(effective: Effective) -> list[str]:
+    """What is not at its default, with its origin."""
+    return [f"{key}={value} ({origin})" for key, value, origin in effective.rows() if origin != "default"]
+
+
+def format_count(count: float) -> str:
+    """`count` with a unit letter: 850, 135M, 1.98T."""
+    for unit in ("", "K", "M", "B"):
+        if count < 1000:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g}T"
+
+
+def _through(ingress: str, gateways: int, engines: int) -> str:
+    front = {"haproxy": "HAProxy", "proxy": "Serve's proxy"}.get(ingress, "the cluster's ingress")
+    return f"{front}, {_plural(gateways, 'gateway')}, {_plural(engines, 'engine')}"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _model_facts(info: Mapping[str, Any]) -> list[str]:
+    facts = []
+    if params := info.get("parameters"):
+        facts.append(f"{format_count(params)} parameters")
+    if (dtype := info.get("dtype")) and (device := info.get("device")):
+        facts.append(f"{str(dtype).removeprefix('torch.')} on {device}")
+    if length := info.get("max_model_len"):
+        facts.append(f"context of {length} tokens")
+    return facts
+
+
+def _memory_facts(info: Mapping[str, Any]) -> list[str]:
+    facts = []
+    if weights := info.get("weights_bytes"):
+        facts.append(f"weights {format_size(weights)}")
+    if kv_bytes := info.get("kv_bytes"):
+        tokens = info.get("kv_tokens")
+        facts.append(f"KV cache {format_size(kv_bytes)}" + (f" ({tokens} tokens)" if tokens else ""))
+    return facts

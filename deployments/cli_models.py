@@ -1,0 +1,58 @@
+"""`herd models`: what can be passed as MODEL without having a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ..cluster.sizes import format_size
+from ..model.config import parse_config
+from ..model.presets import PRESETS, Preset
+from . import cli_options as o
+from .banner import format_count
+from .config import cache_directory
+
+_BYTES_PER_PARAMETER = 2
+
+
+def models(config: o.ConfigFile = None, sets: o.Sets = None, as_json: o.Json = False) -> None:
+    """List the models that Herd knows by name.
+
+    Any checkpoint directory of a Llama 4 model in Hugging Face format can be served too.
+    """
+    cache = cache_directory(o.effective_config(config, sets, {}).config.model)
+    rows = [_row(name, preset, cache) for name, preset in PRESETS.items()]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    typer.echo(f"{'NAME':<10}{'PARAMETERS':>11}{'ACTIVE':>8}{'BF16':>10}  WEIGHTS")
+    for row in rows:
+        name = row["name"] + ("*" if row["assumed"] else "")
+        counts = f"{format_count(row['parameters']):>11}{format_count(row['active_parameters']):>8}"
+        typer.echo(f"{name:<10}{counts}{format_size(row['bf16_bytes']):>10}  {row['weights']}")
+    if any(row["assumed"] for row in rows):
+        typer.echo("* its shape was never published; it is assumed from what was said of it")
+
+
+def _row(name: str, preset: Preset, cache: Path) -> dict[str, Any]:
+    shape = parse_config(preset.config, preset.generation)
+    return {
+        "name": name,
+        "parameters": shape.num_parameters,
+        "active_parameters": shape.num_active_parameters,
+        "bf16_bytes": shape.num_parameters * _BYTES_PER_PARAMETER,
+        "assumed": preset.assumed,
+        "weights": _weights(name, cache),
+        "summary": preset.summary,
+    }
+
+
+def _weights(name: str, cache: Path) -> str:
+    if name != "pocket":
+        return "none: pass a checkpoint directory, or --load-format dummy for random ones"
+    if any(cache.glob("pocket-*/manifest.json")):
+        return f"ready in {cache}"
+    return f"fetched at first use (93 MB download, 548 MB in {cache})"
