@@ -41,11 +41,13 @@ class PrefixAffinity:
         self._owner_of: OrderedDict[bytes, str] = OrderedDict()
         self._in_flight: dict[str, int] = {}
         self._assigned: dict[str, str] = {}
+        self._last_turn: dict[str, int] = {}
+        self._turns = 0
 
     def rank(self, hashes: Sequence[bytes], candidates: Collection[str]) -> list[str]:
         """All `candidates`, best first. The head is the owner of the longest known prefix if it is not overloaded;
-        the rest follow by load, ties in the order given."""
-        by_load = sorted(candidates, key=self.in_flight)
+        the rest follow by load, of equals the one that has waited longest first."""
+        by_load = sorted(candidates, key=lambda name: (self.in_flight(name), self._last_turn.get(name, 0)))
         if not by_load:
             return []
         allowed = self.in_flight(by_load[0]) + self._spill
@@ -60,6 +62,8 @@ class PrefixAffinity:
         self.release(request_id)
         self._assigned[request_id] = replica
         self._in_flight[replica] = self.in_flight(replica) + 1
+        self._turns += 1
+        self._last_turn[replica] = self._turns
         for key in hashes:
             self._owner_of[key] = replica
             self._owner_of.move_to_end(key)
@@ -84,6 +88,7 @@ class PrefixAffinity:
             del self._owner_of[key]
         for request_id in [r for r, owner in self._assigned.items() if owner not in replicas]:
             self.release(request_id)
+        self._last_turn = {name: turn for name, turn in self._last_turn.items() if name in replicas}
 
     def replica_of(self, request_id: str) -> str | None:
         """Where a request that is not over was assigned."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from .sizes import parse_size
-
 
 Bytes = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 """A size in bytes, also written like 2GiB."""
@@ -29,3 +28,10 @@ class EngineConfig(BaseModel):
     )
     max_queued: int = Field(256, ge=0, description="requests that may wait; further ones are answered 429")
     prefix_caching: bool = Field(True, description="keep finished blocks and reuse them for equal prefixes")
+
+    @model_validator(mode="after")
+    def _every_request_can_decode(self) -> EngineConfig:
+        step = self.max_num_batched_tokens
+        if step is not None and step < self.max_num_seqs:
+            raise ValueError(f"max_num_batched_tokens ({step}) must be at least max_num_seqs ({self.max_num_seqs})")
+        return self

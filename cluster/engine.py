@@ -7,10 +7,11 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..model.sampling import SamplingError
+from ..model.sampling_params import SamplingParams
 from .errors import EngineFault, HerdError
 from .request import EngineRequest, StepOutput
 from .runner import ModelRunner, to_draw
@@ -104,6 +105,14 @@ class Engine:
                     self._runner.forget(output.request_id)
             self._on_outputs(outputs)
         return bool(plan.entries)
+
+    def warm_up(self, prompt_ids: Sequence[int]) -> None:
+        """Compute a throw-away request before `start`, so that no client waits for kernels to be compiled."""
+        params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+        self.scheduler.add(EngineRequest("warm-up", prompt_ids, params), 0)
+        while (plan := self.scheduler.schedule()).entries:
+            self.scheduler.update(plan, self._runner.run(plan))
+        self._runner.forget("warm-up")
 
     def stats(self) -> EngineStats:
         """Counters and gauges; safe from any thread, exact between steps."""

@@ -29,6 +29,9 @@ _GPU_SHARE = 0.9
 _STEP_TOKENS = {"cpu": 512, "cuda": 8192}
 """Tokens per step where nothing is configured: enough to saturate the device, few enough not to stall decoding."""
 
+_WARM_UP_TOKENS = 20
+"""Prompt length of the first, unseen request: a piece of several queries, more than one page."""
+
 
 @dataclass(frozen=True, slots=True)
 class EnginePlan:
@@ -113,4 +116,6 @@ def build_engine(
         plan.max_num_batched_tokens,
         scheduler.max_num_tokens,
     )
-    return Engine(scheduler, runner, on_outputs=on_outputs, on_fault=on_fault)
+    engine = Engine(scheduler, runner, on_outputs=on_outputs, on_fault=on_fault)
+    engine.warm_up(range(min(_WARM_UP_TOKENS, scheduler.max_num_tokens - 2, decoder.config.vocab_size)))
+    return engine

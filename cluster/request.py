@@ -76,7 +76,6 @@ class Request:
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix cache supplied when the request was first scheduled."""
-    logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_ids: frozenset[int] = frozenset()
     """Ids that end the output; set by the scheduler, which knows the model's own."""

@@ -340,7 +340,7 @@ class Scheduler:
 
     def _land(self, plan: StepPlan) -> None:
         """The step is over: blocks of requests that ended while it was in flight can go to others."""
-        assert plan is self._in_flight or not plan.entries, "this plan is not in flight"
+        assert self._in_flight is (plan if plan.entries else None), "this plan is not in flight"
         self._in_flight = None
         for request in self._ended_in_flight:
             self.kv.free(request)

@@ -21,6 +21,9 @@ jit = numba.njit(
 )
 """Compiled once and cached on disk. No `nnan`/`ninf`: infinities are masks and NaN must stay visible."""
 
+_jit_in_order = numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy", boundscheck=False)
+"""The same without reassociation, for functions whose order of operations is their accuracy."""
+
 
 def _pointer_intrinsic(pointee: types.Type, llvm_type: ir.Type) -> Callable[..., Any]:
     """(address) -> typed pointer."""
@@ -84,7 +87,7 @@ def f32_to_bf16(value):
     return np.uint16(0x7FC0) if value != value else np.uint16(rounded)
 
 
-@jit
+@_jit_in_order
 def exp_f32(x):
     """e^x in float32 to about 2 ulp, as straight-line code that vectorises (libm's exp does not).
 

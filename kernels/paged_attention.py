@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from .decode_attention import decode_attention
+from .tiled_attention import tiled_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,11 @@ def paged_attention(
     its queries are the last of its keys. k_pages [P, K, d, B] (keys transposed inside a page) and v_pages
     [P, K, B, d] views. Returns [T, H, d].
     """
+    if not q_THd.is_cuda:
+        starts = torch.tensor(q_starts)
+        return tiled_attention(q_THd, k_pages, v_pages, keys.tables_SN, keys.lens_S, starts, scale)
     if q_THd.shape[0] == len(keys.lens):
-        return _decode(q_THd, k_pages, v_pages, keys, scale)
+        return _decode_gathered(q_THd, k_pages, v_pages, keys, scale)
     out_THd = torch.empty_like(q_THd)
     singles: list[int] = []
     for s, length in enumerate(keys.lens):
@@ -75,52 +78,26 @@ def paged_attention(
         if hi - lo == 1:
             singles.append(s)
         else:
-            out_THd[lo:hi] = _prefill(q_THd[lo:hi], k_pages, v_pages, keys.tables_SN[s], length, scale)
+            out_THd[lo:hi] = _piece_gathered(q_THd[lo:hi], k_pages, v_pages, keys.tables_SN[s], length, scale)
     if singles:
         rows = torch.tensor([q_starts[s] for s in singles], device=q_THd.device)
         picked = torch.tensor(singles, device=q_THd.device)
         subset = PagedKeys(keys.tables_SN[picked], keys.lens_S[picked], [keys.lens[s] for s in singles])
-        out_THd[rows] = _decode(q_THd[rows], k_pages, v_pages, subset, scale)
+        out_THd[rows] = _decode_gathered(q_THd[rows], k_pages, v_pages, subset, scale)
     return out_THd
 
 
-def _prefill(q_QHd: Tensor, k_pages: Tensor, v_pages: Tensor, table_N: Tensor, length: int, scale: float) -> Tensor:
-    """One sequence, several queries: fused attention over the gathered keys, with the history and the causal square
-    of the piece itself computed apart and merged by their log-sum-exp, so that no mask is ever materialised."""
-    Q, H, d = q_QHd.shape
-    K, B = v_pages.shape[1:3]
+def _piece_gathered(
+    q_QHd: Tensor, k_pages: Tensor, v_pages: Tensor, table_N: Tensor, length: int, scale: float
+) -> Tensor:
+    """One sequence, several queries, on a device without a kernel of ours yet: torch's attention over gathered keys."""
+    B = v_pages.shape[2]
     k_KLd, v_KLd = _gather(k_pages, v_pages, table_N[: -(-length // B)], length)
-    history = length - Q
-    q_HQd = q_QHd.transpose(0, 1)
-    k_piece = k_KLd[:, history:].repeat_interleave(H // K, dim=0)
-    v_piece = v_KLd[:, history:].repeat_interleave(H // K, dim=0)
-    if not history:
-        out = functional.scaled_dot_product_attention(
-            q_HQd[None], k_piece[None], v_piece[None], is_causal=True, scale=scale
-        )
-        return out[0].transpose(0, 1)
-    if q_QHd.is_cuda:
-        mask = torch.ones((Q, length), dtype=torch.bool, device=q_QHd.device).tril_(history)
-        out = functional.scaled_dot_product_attention(
-            q_HQd[None], k_KLd[None], v_KLd[None], attn_mask=mask, scale=scale, enable_gqa=True
-        )
-        return out[0].transpose(0, 1)
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    square, square_lse = flash(q_HQd[None], k_piece[None], v_piece[None], 0.0, True, attn_mask=None, scale=scale)
-    folded = q_HQd.reshape(K, H // K * Q, d)
-    past, past_lse = flash(
-        folded[None], k_KLd[None, :, :history], v_KLd[None, :, :history], 0.0, False, attn_mask=None, scale=scale
+    mask = torch.ones((q_QHd.shape[0], length), dtype=torch.bool, device=q_QHd.device).tril_(length - q_QHd.shape[0])
+    out = functional.scaled_dot_product_attention(
+        q_QHd.transpose(0, 1)[None], k_KLd[None], v_KLd[None], attn_mask=mask, scale=scale, enable_gqa=True
     )
-    share = torch.sigmoid(past_lse.reshape(H, Q) - square_lse.reshape(H, Q))[..., None]
-    merged = past.reshape(H, Q, d) * share + square[0] * (1 - share)
-    return merged.to(q_QHd.dtype).transpose(0, 1)
-
-
-def _decode(q_SHd: Tensor, k_pages: Tensor, v_pages: Tensor, keys: PagedKeys, scale: float) -> Tensor:
-    """One query per sequence."""
-    if q_SHd.is_cuda:
-        return _decode_gathered(q_SHd, k_pages, v_pages, keys, scale)
-    return decode_attention(q_SHd, k_pages, v_pages, keys.tables_SN, keys.lens_S, scale)
+    return out[0].transpose(0, 1)
 
 
 def _decode_gathered(q_SHd: Tensor, k_pages: Tensor, v_pages: Tensor, keys: PagedKeys, scale: float) -> Tensor:
