@@ -17,17 +17,21 @@ class EngineConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    replicas: int = Field(1, ge=1, description="engine replicas, each with the whole model and its own KV cache")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
-    threads: int | None = Field(None, ge=1, description="CPU compute threads (default: by the number of cores)")
-    block_size: int = Field(16, ge=1, description="tokens per KV block; lowered to a divisor of the attention chunk")
-    kv_memory: Bytes | None = Field(None, description="KV cache size, such as 2GiB (default: by free memory)")
-    max_num_seqs: int = Field(64, ge=1, description="requests computed in one step at most")
+    replicas: int = Field(
+        default=1, ge=1, description="engine replicas, each with the whole model and its own KV cache"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where the model runs")
+    threads: int | None = Field(default=None, ge=1, description="CPU compute threads (default: by the number of cores)")
+    block_size: int = Field(
+        default=16, ge=1, description="tokens per KV block; lowered to a divisor of the attention chunk"
+    )
+    kv_memory: Bytes | None = Field(default=None, description="KV cache size, such as 2GiB (default: by free memory)")
+    max_num_seqs: int = Field(default=64, ge=1, description="requests computed in one step at most")
     max_num_batched_tokens: int | None = Field(
         default=None, ge=1, description="tokens computed in one step at most (default: by the device)"
     )
-    max_queued: int = Field(256, ge=0, description="requests that may wait; further ones are answered 429")
-    prefix_caching: bool = Field(True, description="keep finished blocks and reuse them for equal prefixes")
+    max_queued: int = Field(default=256, ge=0, description="requests that may wait; further ones are answered 429")
+    prefix_caching: bool = Field(default=True, description="keep finished blocks and reuse them for equal prefixes")
 
     @model_validator(mode="after")
     def _every_request_can_decode(self) -> EngineConfig:

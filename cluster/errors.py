@@ -8,6 +8,8 @@ number that each class suggests to the gateway.
     ├── Overloaded (429)              a queue is full; `retry_after_s` says when to try again
     ├── DeadlineExceeded (504)        the request's own deadline passed
     ├── EngineUnavailable (503)       not ready, draining, or the engine died
+    │   └── GatewayUnreachable        nobody would read the answer
+    ├── ProtocolError (503)           a peer sent bytes that are no frame, or one that cannot be sent
     └── EngineFault (500)             a step failed; a defect of ours
 """
 
@@ -75,6 +77,15 @@ class EngineUnavailable(HerdError):
         self.retry_after_s = retry_after_s
 
 
+class GatewayUnreachable(EngineUnavailable):
+    code = "gateway_unreachable"
+
+
+class ProtocolError(HerdError):
+    status = 503
+    code = "protocol_error"
+
+
 class EngineFault(HerdError):
     status = 500
     code = "engine_fault"
@@ -90,6 +101,8 @@ _BY_NAME: dict[str, type[HerdError]] = {
         Overloaded,
         DeadlineExceeded,
         EngineUnavailable,
+        GatewayUnreachable,
+        ProtocolError,
         EngineFault,
     )
 }

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgpack
 
-from .errors import HerdError
+from .errors import ProtocolError
 
 PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 16 << 20
@@ -28,13 +28,6 @@ _HELLO, _UPDATES, _ABORT, _STATS = range(4)
 
 Update = list[Any]
 """[handle: int, token_ids: list[int], logprobs: list | None, end: dict | None], as in this module's docstring."""
-
-
-class ProtocolError(HerdError):
-    """A peer sent bytes that are no frame, or a frame that cannot be sent. The connection is of no further use."""
-
-    status = 503
-    code = "protocol_error"
 
 
 @dataclass(frozen=True, slots=True)

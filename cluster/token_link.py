@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from .errors import EngineUnavailable
-from .token_frames import Abort, FrameReader, ProtocolError, Update, encode_hello, encode_stats, encode_updates
+from .errors import GatewayUnreachable, ProtocolError
+from .token_frames import Abort, FrameReader, Update, encode_hello, encode_stats, encode_updates
 from .token_sockets import connected_socket
 
 logger = logging.getLogger(__name__)
@@ -23,12 +23,6 @@ MAX_BUFFERED_BYTES = 64 << 20
 """Unread updates after which a gateway counts as lost."""
 _READ_BYTES = 1 << 16
 _WRITE_BYTES = 1 << 18
-
-
-class GatewayUnreachable(EngineUnavailable):
-    """The gateway that asked could not be connected to, so that nobody would read the answer."""
-
-    code = "gateway_unreachable"
 
 
 class TokenStreamClient:

@@ -1,6 +1,6 @@
 """How tokens travel from engines to a gateway beside Ray: engines connect and send what each of their steps produced.
 Owns the gateway's listening sockets and one connection per engine; knows nothing of requests, text or Ray. The engine's
-end is `token_link.py`, named here too."""
+end is `token_link.py`."""
 
 from __future__ import annotations
 
@@ -27,10 +27,7 @@ from .token_frames import (
     Updates,
     encode_abort,
 )
-from .token_link import GatewayLink, GatewayUnreachable, TokenStreamClient
 from .token_sockets import private_directory, tune_socket
-
-__all__ = ["GatewayLink", "GatewayUnreachable", "TokenStreamClient", "TokenStreamServer"]
 
 logger = logging.getLogger(__name__)
 

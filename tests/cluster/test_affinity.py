@@ -57,6 +57,17 @@ def test_overloaded_owner_spills_to_the_least_loaded_and_comes_back():
     assert abs(affinity.in_flight("a") - affinity.in_flight("b")) <= 3
 
 
+def test_new_prefixes_take_turns_among_idle_replicas():
+    affinity = PrefixAffinity()
+    picks = []
+    for i in range(6):
+        hashes = prefix_hashes([i] * 64)
+        picks.append(affinity.rank(hashes, ["a", "b", "c"])[0])
+        affinity.assign(f"r{i}", picks[-1], hashes)
+        affinity.release(f"r{i}")
+    assert picks == ["a", "b", "c"] * 2
+
+
 def test_simultaneous_requests_without_a_common_prefix_spread_evenly():
     affinity = PrefixAffinity(spill=8)
     for i in range(24):

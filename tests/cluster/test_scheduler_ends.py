@@ -119,6 +119,20 @@ def test_an_abort_in_flight_leaves_the_step_its_tables() -> None:
     assert again.state is RequestState.RUNNING
 
 
+def test_one_request_can_end_with_an_error() -> None:
+    scheduler = make()
+    clients = Clients(scheduler)
+    clients.add("a", 4)
+    clients.add("b", 4)
+    plan = scheduler.schedule()
+    error = EngineFault("its row went wrong")
+    output = scheduler.fail("a", error)
+    assert output is not None
+    assert (output.error, output.finish_reason) == (error, None)
+    assert scheduler.fail("a", error) is None
+    assert [output.request_id for output in finish(scheduler, plan)] == ["b"]
+
+
 def test_a_failed_step_ends_its_requests_and_no_others() -> None:
     scheduler = make(seqs=2)
     clients = Clients(scheduler)

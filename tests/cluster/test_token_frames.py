@@ -50,7 +50,8 @@ messages = st.one_of(
 )
 
 
-def framed(payload: bytes) -> bytes:
+def framed(payload: bytes | None) -> bytes:
+    assert payload is not None
     return struct.pack("<I", len(payload)) + payload
 
 
