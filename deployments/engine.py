@@ -13,17 +13,15 @@ from typing import Any
 
 import psutil
 import ray
-import torch
 from ray import serve
 
-from ..cluster.engine_builder import build_engine, choose, choose_device
 from ..cluster.errors import EngineFault, EngineUnavailable, HerdError
 from ..cluster.request import EngineRequest, FinishReason, StepOutput
 from ..cluster.token_link import GatewayLink, TokenStreamClient
 from ..model.sampling_params import SamplingParams
-from ..model.served_model import open_model
 from ..model.source import resolve_model
 from .config import cache_directory, parse_tree
+from .replica_logging import log_with_serve
 
 logger = logging.getLogger("herd.engine")
 
@@ -45,7 +43,14 @@ class Engine:
     """One replica: one model, one device, one engine thread. Arguments and results are plain values."""
 
     def __init__(self, tree: Mapping[str, Any]) -> None:
+        # Here, because the process that deploys imports this module too and has no need of torch.
+        import torch
+
+        from ..cluster.engine_builder import build_engine, choose, choose_device
+        from ..model.served_model import open_model
+
         config = parse_tree(tree)
+        log_with_serve()
         started = time.monotonic()
         source = resolve_model(
             config.model.path, load_format=config.model.load_format, cache_dir=cache_directory(config.model)

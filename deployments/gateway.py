@@ -23,6 +23,7 @@ from .config import HerdConfig, ModelConfig, cache_directory, parse_tree
 from .engine_client import EngineClient
 from .http_app import build_http_app
 from .protocol import SamplingDefaults
+from .replica_logging import log_with_serve
 from .service import Service
 
 log = logging.getLogger("herd.gateway")
@@ -37,7 +38,7 @@ class Gateway:
     def __init__(self, tree: Mapping[str, Any], engine: DeploymentHandle) -> None:
         """`tree`: the configuration; `engine`: the Engine deployment."""
         config = parse_tree(tree)
-        _log_to_stderr()
+        log_with_serve()
         metrics = GatewayMetrics()
         self._client = EngineClient(
             engine,
@@ -82,6 +83,7 @@ def open_service(config: HerdConfig, client: EngineClient, metrics: GatewayMetri
         engines=client,
         metrics=metrics,
         defaults=_sampling_defaults(source),
+        returns_request_id=False,  # every ingress of Serve does
     )
 
 
@@ -103,14 +105,3 @@ def _sampling_defaults(source: ModelSource) -> SamplingDefaults:
     except ValidationError as error:
         log.warning("generation_config.json is not used: %s", error)
         return SamplingDefaults()
-
-
-def _log_to_stderr() -> None:
-    """Herd's own log lines go to the replica's stderr; Serve sets up no logger but its own."""
-    herd = logging.getLogger("herd")
-    if not herd.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
-        herd.addHandler(handler)
-        herd.setLevel(logging.INFO)
-        herd.propagate = False

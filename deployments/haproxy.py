@@ -1,13 +1,14 @@
 """Serve's HAProxy ingress, made fit for one machine: own files, free ports, nothing on the network but the API port.
 Returns settings for Ray's environment; knows nothing of when Ray starts.
 
-Ray renders HAProxy's configuration itself and offers no setting for some of it, so HAProxy is started through a small
-script of ours (a path that Ray lets us choose), which edits the rendered file first:
+Ray renders HAProxy's configuration itself and offers no setting for some of it, so it is given `haproxy_launcher.py` to
+start, which edits the rendered file first:
 
 - the statistics and Prometheus listeners, which Ray binds to every interface, move to the loopback address;
 - the API listener moves to the address that was asked for, so that replicas can stay on the loopback address;
 - access logging to a syslog port is dropped;
-- what HAProxy answers by itself (no gateway yet, or none any more) becomes a 503 in the form that OpenAI clients read.
+- what HAProxy answers by itself (no gateway yet, or none any more) becomes a 503 in the form that OpenAI clients read;
+- once the server drains, the proxy that stands in for missing gateways is left out: it would answer 404.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from .ports import free_ports, replica_port_range
 
 _REPLICA_PORTS = 128
+_DRAINING = "draining"
 _BODY = {
     "error": {
         "message": "The server is starting or stopping; try again shortly.",
@@ -69,6 +71,11 @@ def haproxy_environment(folder: Path, host: str, port: int, hard_stop_s: int) ->
     }
 
 
+def mark_draining(folder: Path) -> None:
+    """From the next change of the replicas on, answer new requests 503. `folder`: as for `haproxy_environment`."""
+    (folder / _DRAINING).touch()
+
+
 def _write_launcher(folder: Path, binary: str, host: str, port: int) -> Path:
     body = json.dumps(_BODY)
     error_page = folder / "503.http"
@@ -76,26 +83,18 @@ def _write_launcher(folder: Path, binary: str, host: str, port: int) -> Path:
         f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
         f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
     )
-    quoted = body.replace('"', '\\\\"').replace(" ", "\\\\ ")  # once for HAProxy, once for sed
-    address = f"[{host}]" if ":" in host else host
-    edits = (
-        r"s|^( *bind )[*]?:([0-9]+)$|\1127.0.0.1:\2|",
-        rf"s|^( *bind )127.0.0.1:{port}$|\1{address}:{port}|",
-        r"/^ *log [^g]/d",
-        rf"s|^( *errorfile 50[234] ).*|\1{error_page}|",
-        rf"/^backend default_backend/,/^backend [^d]/ s|http-request return status 404 .*|"
-        rf"http-request return status 503 content-type application/json hdr Retry-After 1 string {quoted}|",
-    )
-    script = folder / "haproxy.sed"
-    script.write_text("\n".join(edits) + "\n")
+    settings = {
+        "binary": binary,
+        "address": f"[{host}]" if ":" in host else host,
+        "port": port,
+        "error_page": str(error_page),
+        "error_body": body,
+        "draining_mark": str(folder / _DRAINING),
+    }
+    settings_file = folder / "launcher.json"
+    settings_file.write_text(json.dumps(settings), "utf-8")
+    command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("haproxy_launcher.py")), str(settings_file)]
     launcher = folder / "haproxy"
-    launcher.write_text(
-        "#!/bin/sh\n"
-        "# Ray calls this as haproxy [options] -f FILE [options].\n"
-        "previous= file=\n"
-        'for argument; do [ "$previous" = -f ] && file=$argument; previous=$argument; done\n'
-        f'sed -i -E -f {shlex.quote(str(script))} "$file" || exit 1\n'
-        f'exec {shlex.quote(binary)} "$@"\n'
-    )
+    launcher.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n', "utf-8")
     launcher.chmod(0o700)
     return launcher

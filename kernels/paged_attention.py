@@ -69,6 +69,13 @@ def paged_attention(
     if not q_THd.is_cuda:
         starts = torch.tensor(q_starts)
         return tiled_attention(q_THd, k_pages, v_pages, keys.tables_SN, keys.lens_S, starts, scale)
+    return _gathered(q_THd, k_pages, v_pages, q_starts, keys, scale)
+
+
+def _gathered(
+    q_THd: Tensor, k_pages: Tensor, v_pages: Tensor, q_starts: list[int], keys: PagedKeys, scale: float
+) -> Tensor:
+    """The same on a device without a kernel of ours yet: torch's attention over gathered keys."""
     if q_THd.shape[0] == len(keys.lens):
         return _decode_gathered(q_THd, k_pages, v_pages, keys, scale)
     out_THd = torch.empty_like(q_THd)
@@ -90,7 +97,7 @@ def paged_attention(
 def _piece_gathered(
     q_QHd: Tensor, k_pages: Tensor, v_pages: Tensor, table_N: Tensor, length: int, scale: float
 ) -> Tensor:
-    """One sequence, several queries, on a device without a kernel of ours yet: torch's attention over gathered keys."""
+    """One sequence, several queries."""
     B = v_pages.shape[2]
     k_KLd, v_KLd = _gather(k_pages, v_pages, table_N[: -(-length // B)], length)
     mask = torch.ones((q_QHd.shape[0], length), dtype=torch.bool, device=q_QHd.device).tril_(length - q_QHd.shape[0])
@@ -101,7 +108,7 @@ def _piece_gathered(
 
 
 def _decode_gathered(q_SHd: Tensor, k_pages: Tensor, v_pages: Tensor, keys: PagedKeys, scale: float) -> Tensor:
-    """Decoding on a device without a kernel of ours yet: gather every sequence's pages, padded to the longest."""
+    """One query per sequence: gather every sequence's pages, padded to the longest."""
     S = q_SHd.shape[0]
     K, B, d = v_pages.shape[1:]
     width = -(-max(keys.lens) // B)
@@ -109,6 +116,9 @@ def _decode_gathered(q_SHd: Tensor, k_pages: Tensor, v_pages: Tensor, keys: Page
     k_SKLd = k_pages[pages_SN].permute(0, 2, 1, 4, 3).reshape(S, K, width * B, d)
     v_SKLd = v_pages[pages_SN].transpose(1, 2).reshape(S, K, width * B, d)
     visible = torch.arange(width * B, device=q_SHd.device) < keys.lens_S[:, None]
+    # No mask hides the NaN that another request may have left behind this one's last token.
+    stale = ~visible[:, None, :, None]
+    k_SKLd, v_SKLd = k_SKLd.masked_fill(stale, 0.0), v_SKLd.masked_fill(stale, 0.0)
     out = functional.scaled_dot_product_attention(
         q_SHd[:, :, None], k_SKLd, v_SKLd, attn_mask=visible[:, None, None], scale=scale, enable_gqa=True
     )

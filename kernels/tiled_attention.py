@@ -32,8 +32,8 @@ def tiled_attention(
     q_starts: Tensor,
     scale: float,
 ) -> Tensor:
-    """q_THd [T, H, d]; k_pages [P, K, d, B] and v_pages [P, K, B, d] views with contiguous pages, all finite; tables_SN
-    int32 page ids; lens_S int32 number of keys that each sequence's last query sees; q_starts int64 [S + 1]: sequence s
+    """q_THd [T, H, d]; k_pages [P, K, d, B] and v_pages [P, K, B, d] views with contiguous pages; tables_SN int32
+    page ids; lens_S int32 number of keys that each sequence's last query sees; q_starts int64 [S + 1]: sequence s
     owns queries q_starts[s]:q_starts[s + 1], the last of its keys. Returns [T, H, d] of q's dtype."""
     T, H, d = q_THd.shape
     P, K, B, _ = v_pages.shape
@@ -107,6 +107,7 @@ def _kernel(G: int, d: int, B: int) -> Callable[..., None]:
                             query[r * d + i] = load(q, base + i) * scale
                     for n in range((seen + count - 2) // B + 1):
                         at = tables[s * table_stride + n] * page_stride + kh * B * d
+                        filled = min(B, seen + count - 1 - n * B)  # what lies behind may be another request's NaN
                         for r in range(0, rows, 4):
                             for j in range(0, B, width):
                                 a0, a1, a2, a3 = (
@@ -145,7 +146,7 @@ def _kernel(G: int, d: int, B: int) -> Callable[..., None]:
                                 t1 = vector_load(sums, (r + 1) * d + i, wide)
                                 t2 = vector_load(sums, (r + 2) * d + i, wide)
                                 t3 = vector_load(sums, (r + 3) * d + i, wide)
-                                for j in range(B):
+                                for j in range(filled):
                                     value = vector_load(v_pages, at + j * d + i, wide)
                                     t0 = vector_multiply_add(scores[r * B + j], value, t0)
                                     t1 = vector_multiply_add(scores[(r + 1) * B + j], value, t1)

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .checkpoint_error import CheckpointError
+
 _DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -36,10 +38,6 @@ _DTYPES: dict[str, torch.dtype] = {
 # from a mapping of its own: peak memory is what the caller keeps plus one piece.
 _PIECE_BYTES = 16 << 20
 _LISTED = 12
-
-
-class CheckpointError(ValueError):
-    """Model files that are missing, damaged or do not fit the model. The message names the file and the tensor."""
 
 
 class WeightSource(Protocol):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .checkpoint import CheckpointError
+from .checkpoint_error import CheckpointError
 
 _TYPE_STRING, _TYPE_ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}

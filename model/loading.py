@@ -14,10 +14,14 @@ from .checkpoint import WeightSource, check_tensors
 from .config import Llama4Config
 from .decoder import AttentionWeights, Decoder, LayerWeights
 from .experts import ExpertBackend, LocalExperts
+from .heap import trim_heap
 from .tensor_names import is_vision_tensor, layer_name, text_tensors, top_name
 
 Progress = Callable[[str, int, int], None]
 """(stage, bytes done, bytes in all)"""
+
+_TRIM_BYTES = 16 << 20
+"""How much is laid out between two visits of the heap: the most that temporaries can keep of it, about."""
 
 
 class Loader:
@@ -39,7 +43,7 @@ class Loader:
         self._dtype = dtype
         self._device = torch.device(device)
         self._progress = progress
-        self._done = 0
+        self._done = self._trimmed = 0
         self._total = config.num_parameters * dtype.itemsize
 
     def decoder(self, experts: ExpertBackend | None = None) -> Decoder:
@@ -57,6 +61,7 @@ class Loader:
             if experts is None and config.is_moe(i):
                 local[i] = [self.expert(i, e) for e in range(config.num_experts)]
         norm_D = self._get(top_name(config, "model.norm.weight"))
+        trim_heap()
         return Decoder(
             config,
             embedding_VD=embedding_VD,
@@ -97,6 +102,9 @@ class Loader:
     def _place(self, tensor: Tensor) -> Tensor:
         placed = tensor.to(device=self._device, dtype=self._dtype).contiguous()
         self._done += placed.nbytes
+        if self._done - self._trimmed >= _TRIM_BYTES:
+            self._trimmed = self._done
+            trim_heap()
         if self._progress is not None:
             self._progress("weights", self._done, self._total)
         return placed

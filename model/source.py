@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .checkpoint import CheckpointError
+from .checkpoint_error import CheckpointError
 from .pocket import ensure_pocket
 from .pocket_cache import Progress
 from .presets import PRESETS

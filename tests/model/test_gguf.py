@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from herd.model.checkpoint import CheckpointError
+from herd.model.checkpoint_error import CheckpointError
 from herd.model.gguf import GgufError, GgufFile
 
 U32, F32, BOOL, STRING, ARRAY = 4, 6, 7, 8, 9

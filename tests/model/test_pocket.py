@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from herd.model import pocket_fetch
-from herd.model.checkpoint import CheckpointError, SafetensorsSource, check_tensors
+from herd.model.checkpoint import SafetensorsSource, check_tensors
+from herd.model.checkpoint_error import CheckpointError
 from herd.model.gguf import GgufFile
 from herd.model.pocket import ensure_pocket
 from herd.model.pocket_convert import PocketDelta, convert_pocket, pocket_shapes, pocket_tensors

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from herd.model.checkpoint import CheckpointError
+from herd.model.checkpoint_error import CheckpointError
 from herd.model.presets import PRESETS
 from herd.model.source import LoadFormat, ModelNotFound, resolve_model
 
