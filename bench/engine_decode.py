@@ -1,6 +1,8 @@
 """Tokens per second of the engine in this process, without HTTP or Ray: prefill and decoding at several batch sizes.
 
-    python bench/engine_decode.py CHECKPOINT [--dtype bfloat16] [--batches 1,8,32] [--threads 1] [--profile]
+    python bench/engine_decode.py [CHECKPOINT] [--dtype bfloat16] [--batches 1,8,32] [--threads 1] [--profile]
+
+Without a checkpoint: seeded random weights of a small Scout-like shape (8 layers, hidden 512, 16 experts, 253M).
 
 Method of the peers' scripts: decode tok/s = B (new - 1) / (t(new) - t(1)), medians; random prompts, greedy, no stop.
 Prints one JSON object.
@@ -21,16 +23,40 @@ from herd.cluster.config import EngineConfig
 from herd.cluster.engine import Engine
 from herd.cluster.engine_builder import build_engine, choose
 from herd.cluster.request import EngineRequest, StepOutput
-from herd.model.checkpoint import SafetensorsSource
-from herd.model.config import load_config
+from herd.model.checkpoint import DummySource, SafetensorsSource, WeightSource
+from herd.model.config import Llama4Config, load_config, parse_config
 from herd.model.loading import Loader
 from herd.model.sampling_params import SamplingParams
+from herd.model.tensor_names import text_tensors
+
+SHAPE = {
+    "model_type": "llama4_text",
+    "vocab_size": 32768,
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "intermediate_size": 1024,
+    "intermediate_size_mlp": 2048,
+    "num_local_experts": 16,
+    "attention_chunk_size": 512,
+    "max_position_embeddings": 8192,
+}
 
 
-def load_engine(path: Path, dtype: torch.dtype, settings: EngineConfig, sink: list[StepOutput]) -> Engine:
+def open_weights(path: Path | None) -> tuple[Llama4Config, WeightSource]:
+    """The checkpoint, or random weights of `SHAPE`."""
+    if path is not None:
+        return load_config(path / "config.json"), SafetensorsSource(path)
+    config = parse_config(SHAPE)
+    return config, DummySource(text_tensors(config), 0, torch.bfloat16)
+
+
+def load_engine(path: Path | None, dtype: torch.dtype, settings: EngineConfig, sink: list[StepOutput]) -> Engine:
     """An engine over the checkpoint that appends its outputs to `sink`."""
-    config = load_config(path / "config.json")
-    decoder = Loader(SafetensorsSource(path), config, dtype=dtype).decoder()
+    config, weights = open_weights(path)
+    decoder = Loader(weights, config, dtype=dtype).decoder()
     plan = choose(decoder, settings, 2048)
     return build_engine(decoder, settings, plan, eos_ids=frozenset(), on_outputs=sink.extend)
 
@@ -62,7 +88,7 @@ class Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=Path, nargs="?")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--prompt", type=int, default=32)
@@ -79,7 +105,7 @@ def main() -> None:
     engine = load_engine(args.checkpoint, getattr(torch, args.dtype), settings, sink)
     result: dict[str, object] = {"engine": "herd", "torch": torch.__version__, "dtype": args.dtype}
     result |= {"threads": args.threads, "load_s": round(time.perf_counter() - started, 2)}
-    bench = Bench(engine, load_config(args.checkpoint / "config.json").vocab_size)
+    bench = Bench(engine, open_weights(args.checkpoint)[0].vocab_size)
     bench.run(1, args.prefill, 2)
     bench.run(2, 16, 4)
     result["prefill_tok_s"] = round(args.prefill / bench.median(args.reps + 2, 1, args.prefill, 1), 1)

@@ -15,7 +15,7 @@ from ..model.sampling_params import SamplingParams
 from .errors import EngineFault, HerdError
 from .request import EngineRequest, StepOutput
 from .runner import ModelRunner, to_draw
-from .scheduler import Scheduler, StepPlan
+from .scheduler import Scheduler, SchedulerCounters, StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,8 @@ class EngineStats:
     pages_cached: int
     pages_used: int
     steps: int
+    failed_steps: int
+    """Steps whose requests all ended with EngineFault."""
     generated_tokens: int
     computed_tokens: int
     preemptions: int
@@ -62,7 +64,7 @@ class Engine:
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._arrivals = 0
-        self._steps = self._generated = self._computed = 0
+        self._steps = self._failed_steps = self._generated = self._computed = 0
         self._step_seconds = 0.0
         self.fault: BaseException | None = None
         """What ended the thread, if something did: the engine is then of no further use."""
@@ -109,10 +111,11 @@ class Engine:
     def warm_up(self, prompt_ids: Sequence[int]) -> None:
         """Compute a throw-away request before `start`, so that no client waits for kernels to be compiled."""
         params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
-        self.scheduler.add(EngineRequest("warm-up", prompt_ids, params), 0)
+        self.scheduler.add(EngineRequest("warm-up", prompt_ids, params, cache_salt="warm-up"), 0)
         while (plan := self.scheduler.schedule()).entries:
             self.scheduler.update(plan, self._runner.run(plan))
         self._runner.forget("warm-up")
+        self.scheduler.counters = SchedulerCounters()
 
     def stats(self) -> EngineStats:
         """Counters and gauges; safe from any thread, exact between steps."""
@@ -126,6 +129,7 @@ class Engine:
             pages_cached=usage.cached,
             pages_used=usage.used,
             steps=self._steps,
+            failed_steps=self._failed_steps,
             generated_tokens=self._generated,
             computed_tokens=self._computed,
             preemptions=counters.preemptions,
@@ -146,7 +150,8 @@ class Engine:
             failed = [self.scheduler.fail(plan.sampling[row].request.id, fault) for row in error.rows]
             outputs += [output for output in failed if output is not None]
             num_failed = len(error.rows)
-        except RuntimeError as error:
+        except Exception as error:  # noqa: BLE001 - the edge of the loop: a step's defect must not end the others
+            self._failed_steps += 1
             logger.exception("a step failed")
             return self.scheduler.fail_step(plan, EngineFault(f"a step of the model failed: {error}"))
         outputs += self.scheduler.update(plan, draws)

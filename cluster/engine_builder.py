@@ -117,5 +117,5 @@ def build_engine(
         scheduler.max_num_tokens,
     )
     engine = Engine(scheduler, runner, on_outputs=on_outputs, on_fault=on_fault)
-    engine.warm_up(range(min(_WARM_UP_TOKENS, scheduler.max_num_tokens - 2, decoder.config.vocab_size)))
+    engine.warm_up(range(max(1, min(_WARM_UP_TOKENS, scheduler.max_num_tokens - 2, decoder.config.vocab_size))))
     return engine

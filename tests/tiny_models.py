@@ -189,7 +189,10 @@ class EngineLab:
         sampler = Sampler(config.vocab_size, eos_ids=frozenset(eos_ids))
         self.runner = _RecordingRunner(cast(Decoder, recording), self.cache, sampler, self.kv, max_num_seqs)
         self.runner.watch(recording, lambda id_, position, row: self.logits[id_].append((position, row)))
-        self.engine = Engine(self.scheduler, self.runner, on_outputs=self._take, clock=clock)
+        self.faults: list[BaseException] = []
+        self.engine = Engine(
+            self.scheduler, self.runner, on_outputs=self._take, on_fault=self.faults.append, clock=clock
+        )
         self._numbers = count()
 
     def submit(self, prompt: Sequence[int], *, deadline_s: float | None = None, **sampling: Any) -> str:
@@ -199,6 +202,12 @@ class EngineLab:
         params = SamplingParams(**{"max_tokens": 8, "temperature": 0.0} | sampling)
         self.engine.submit(EngineRequest(id_, list(prompt), params, deadline_s=deadline_s))
         return id_
+
+    def generate(self, prompt: Sequence[int], **sampling: Any) -> list[int]:
+        """The output of one prompt, run to its end."""
+        id_ = self.submit(prompt, **sampling)
+        self.run()
+        return self.tokens(id_)
 
     def run(self) -> None:
         """Step until nothing is left, checking all invariants after every step."""
