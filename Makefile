@@ -42,7 +42,7 @@ gpu: $(DEVELOPMENT)
 	set -e; for script in $(wildcard bench/gpu_*.py); do $(BIN)/python $$script; done
 
 bench: $(RUNTIME)
-	set -e; for script in $(filter-out bench/gpu_%,$(wildcard bench/*.py)); do $(BIN)/python $$script; done
+	$(BIN)/python bench/engine_decode.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

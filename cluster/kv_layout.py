@@ -58,6 +58,11 @@ class KvLayout:
         """The same shape with another pool size."""
         return replace(self, num_pages=num_pages)
 
+    @property
+    def short_tokens(self) -> int:
+        """Tokens that the pool holds in sequences of at most one chunk; longer ones take less per token."""
+        return self.num_pages // (self.pages_per_global_block + self.pages_per_local_block) * self.block_size
+
     def page_bytes(self, bytes_per_token_and_layer: int) -> int:
         """Bytes of one page, when keys and values of one token take `bytes_per_token_and_layer` in one layer."""
         return self.layers_per_page * self.block_size * bytes_per_token_and_layer

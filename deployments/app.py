@@ -8,7 +8,6 @@ from typing import Any
 
 import ray
 from ray.serve import Application
-from ray.serve.config import RequestRouterConfig
 
 from .config import HerdConfig, parse_tree
 from .engine import Engine
@@ -18,7 +17,7 @@ from .gateway import Gateway
 _CONTROL_SLOTS = 64
 """Calls beside generation that a replica answers at full load: readiness, statistics, metrics."""
 _SHUTDOWN_MARGIN_S = 5.0
-_HEALTH = {"health_check_period_s": 1.0, "health_check_timeout_s": 10.0}
+_HEALTH_PERIOD_S, _HEALTH_TIMEOUT_S = 1.0, 10.0
 _DRAIN_POLL_S = 0.25
 
 
@@ -30,28 +29,28 @@ def build(args: Mapping[str, Any] | HerdConfig) -> Application:
     """
     config = place(args if isinstance(args, HerdConfig) else parse_tree(args), _gpus())
     tree = config.model_dump(mode="json")
-    shutdown = {
-        "graceful_shutdown_timeout_s": config.http.drain_timeout_s + _SHUTDOWN_MARGIN_S,
-        "graceful_shutdown_wait_loop_s": _DRAIN_POLL_S,
-    }
-    on_gpu = config.engine.device == "cuda"
+    shutdown_s = config.http.drain_timeout_s + _SHUTDOWN_MARGIN_S
     engine = Engine.options(
         name="Engine",
         num_replicas=config.engine.replicas,
         # The engine counts and answers 429 itself; Serve must not hold requests back before it.
         max_ongoing_requests=config.engine.max_num_seqs + config.engine.max_queued + _CONTROL_SLOTS,
-        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if on_gpu else 0},
-        request_router_config=RequestRouterConfig(request_router_class=EngineRouter),
-        **_HEALTH,
-        **shutdown,
+        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if config.engine.device == "cuda" else 0},
+        request_router_config={"request_router_class": EngineRouter},
+        health_check_period_s=_HEALTH_PERIOD_S,
+        health_check_timeout_s=_HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=shutdown_s,
+        graceful_shutdown_wait_loop_s=_DRAIN_POLL_S,
     )
     gateway = Gateway.options(
         name="Gateway",
         num_replicas=config.gateway.replicas,
         max_ongoing_requests=config.gateway.max_inflight + _CONTROL_SLOTS,
         ray_actor_options={"num_cpus": 1},
-        **_HEALTH,
-        **shutdown,
+        health_check_period_s=_HEALTH_PERIOD_S,
+        health_check_timeout_s=_HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=shutdown_s,
+        graceful_shutdown_wait_loop_s=_DRAIN_POLL_S,
     )
     return gateway.bind(tree, engine.bind(tree))
 

@@ -21,17 +21,16 @@ def base_url(http: HttpConfig) -> str:
     return f"http://{host}:{http.port}"
 
 
-def ready_banner(effective: Effective, name: str, info: Mapping[str, Any], ingress: str, logs: Path | None) -> str:
-    """At most ten lines. `info` is what `Engine.info` says (unknown or missing facts are left out); `name` is the model
-    name that requests use."""
+def ready_banner(effective: Effective, url: str, info: Mapping[str, Any], ingress: str, logs: Path) -> str:
+    """At most ten lines. `url`: where clients connect. `info`: what `Engine.info` says; missing facts are left out."""
     config = effective.config
-    url = base_url(config.http)
+    name = config.model.served_names[0] if config.model.served_names else info.get("model", config.model.path)
     rows = [
         ("Ready", f"{url}/v1   ({_through(ingress, config.gateway.replicas, config.engine.replicas)})"),
         ("Model", " · ".join([name, *_model_facts(info)])),
         ("Memory", " · ".join(_memory_facts(info)) or None),
         ("Set", ", ".join(changed_settings(effective)) or None),
-        ("Logs", None if logs is None else str(logs)),
+        ("Logs", str(logs)),
         ("Stop", "Ctrl-C: running requests finish first; once more to stop at once"),
         ("Try", curl_line(url, name)),
     ]

@@ -66,8 +66,7 @@ def complete(
     """
     with _client(url, model) as (client, name):
         body = _without_none({"model": name, "prompt": text, "max_tokens": max_tokens, "temperature": temperature})
-        typer.echo(text, nl=False)
-        _show(client.stream_completion, body)
+        _show(client.stream_completion, body, before=text)
 
 
 class Conversation:
@@ -128,16 +127,16 @@ def _client(url: str | None, model: str | None) -> Iterator[tuple[Client, str]]:
         yield client, name or served[0]
 
 
-def _show(stream: Callable[[dict[str, Any], Usage], Iterator[str]], body: dict[str, Any]) -> str:
-    """Print an answer as it comes, then its speed on standard error. Ctrl-C cuts the answer short."""
+def _show(stream: Callable[[dict[str, Any], Usage], Iterator[str]], body: dict[str, Any], before: str = "") -> str:
+    """Print `before` and an answer as it comes, then its speed on standard error. Ctrl-C cuts the answer short."""
     from .client import ServerError, Usage
 
     usage, shown = Usage(), []
     try:
         with contextlib.closing(stream(body, usage)) as pieces:  # pyright: ignore[reportArgumentType]
             for piece in pieces:
+                typer.echo(piece if shown else before + piece, nl=False)
                 shown.append(piece)
-                typer.echo(piece, nl=False)
                 sys.stdout.flush()
     except KeyboardInterrupt:
         typer.echo(" (stopped)")

@@ -35,9 +35,11 @@ class ModelConfig(_Section):
         default=(), description="names that requests may use (default: the model's own)"
     )
     load_format: Literal["auto", "safetensors", "dummy"] = Field(
-        default="auto", description="dummy: seeded random weights"
+        default="auto", description="of the weights, dummy being seeded random"
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="of weights and arithmetic")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="number format of weights and arithmetic"
+    )
     seed: int = Field(default=0, ge=0, description="of dummy weights")
     chat_format: Literal["auto", "llama4", "template"] = Field(
         default="auto", description="how messages become a prompt"
@@ -108,12 +110,17 @@ class Effective:
     def rows(self) -> Iterator[tuple[str, Any, str]]:
         """(dotted key, value, origin) in the order of the tree; values of secret keys are masked."""
         for key, value in _flatten(self.config.model_dump()):
-            yield key, "****" if value is not None and _SECRET.search(key) else value, self.origins[key]
+            yield key, "****" if value is not None and is_secret(key) else value, self.origins[key]
 
 
 _SECRET = re.compile(r"(api_key|secret|password|auth_token)s?$")
 _SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://")
 _ALIASES = {"HERD_CACHE_DIR": "model.cache_dir", "RAY_ADDRESS": "ray.address"}
+
+
+def is_secret(key: str) -> bool:
+    """Whether the value of the dotted key must not be shown."""
+    return _SECRET.search(key) is not None
 
 
 def fields() -> dict[str, FieldInfo]:

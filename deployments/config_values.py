@@ -37,12 +37,13 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     """The dotted key of `known` that `word` was probably meant to be: by the whole key or by its last part."""
     word = word.lower()
 
-    def likeness(key: str) -> float:
+    def likeness(key: str) -> tuple[float, float]:
         pairs = ((word, key), (word.rpartition(".")[2], key.rpartition(".")[2]))
-        return max(difflib.SequenceMatcher(None, a, b).ratio() for a, b in pairs)
+        whole, last = (difflib.SequenceMatcher(None, a, b).ratio() for a, b in pairs)
+        return max(whole, last), whole
 
     best = max(known, key=likeness, default=None)
-    return best if best is not None and likeness(best) >= 0.6 else None
+    return best if best is not None and likeness(best)[0] >= 0.6 else None
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:

@@ -79,6 +79,7 @@ class Engine:
             "active_parameters": served.config.num_active_parameters,
             "weights_bytes": weights_bytes,
             "kv_bytes": plan.kv_bytes,
+            "kv_tokens": plan.layout.short_tokens,
             "max_model_len": self._engine.scheduler.max_num_tokens,
             "dtype": dtype_name,
             "device": str(device),

@@ -127,7 +127,9 @@ class Exchange(Response):
         await self._send({"type": "http.response.body", "body": data, "more_body": not last})
 
     async def _start(self, status: int, media_type: bytes, extra: list[tuple[bytes, bytes]]) -> None:
-        headers = [(b"content-type", media_type), (b"x-request-id", self.request_id.encode()), *extra]
+        headers = [(b"content-type", media_type), *extra]
+        if self.service.returns_request_id:
+            headers.append((b"x-request-id", self.request_id.encode()))
         if self.ignored:
             names = ", ".join(_IGNORED_NAME.sub("?", name)[:64] for name in self.ignored[:32])
             headers.append((b"x-herd-ignored", names.encode()))

@@ -10,7 +10,7 @@ from typing import Any
 from ..cluster.errors import ContextLengthExceeded, RequestError
 from ..model.chat_format import ChatError
 from .protocol import GenerationBody, check_vocabulary
-from .protocol_chat import ChatInput
+from .protocol_chat import ChatBody, ChatInput
 from .protocol_completions import DEFAULT_MAX_TOKENS, CompletionBody, Prompt
 from .service import Service
 
@@ -46,8 +46,8 @@ async def text_ids(service: Service, text: str, *, add_special_tokens: bool = Tr
     return [bos_id, *ids] if add_special_tokens and bos_id is not None else ids
 
 
-async def plan_chat(service: Service, body: Any) -> list[PromptPlan]:
-    """The one prompt of a ChatBody; the output may fill the rest of the context unless the user bounded it."""
+async def plan_chat(service: Service, body: ChatBody) -> list[PromptPlan]:
+    """The one prompt of a chat; the output may fill the rest of the context unless the user bounded it."""
     ids = await chat_ids(service, body)
     if not ids:
         raise RequestError("the messages render to an empty prompt", param="messages")

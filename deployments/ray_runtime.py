@@ -11,21 +11,23 @@ import importlib
 import logging
 import os
 import secrets
-import shutil
+import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
+from .banner import base_url
 from .config import ConfigError, HerdConfig, HttpConfig, process_environment
-from .haproxy import haproxy_available, haproxy_environment
+from .haproxy import haproxy_available, haproxy_environment, mark_draining
+from .readiness import is_ready
+from .run_folder import new_run_folder, remove_run_folder
 from .start_failure import StartFailure, root_cause
 
 APP_NAME = "herd"
 _LOOPBACK = "127.0.0.1"
 _INFO_TIMEOUT_S = 30.0
+_REACH_S = 5.0
 _OBJECT_STORE_BYTES = 128 << 20  # requests and tokens do not travel through it
 _DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -61,20 +63,26 @@ class RunningRay:
     def __init__(self, config: HerdConfig) -> None:
         self.config = config
         self.ingress: Literal["haproxy", "proxy", "cluster"] = "cluster"
-        self.log_folder: Path | None = None
+        self.folder = new_run_folder()
+        self.log_folder = self.folder
+        self._serve_is_ours = False
+        self._deployed = False
 
     def start(self) -> None:
         """Connect, and start Serve where it does not run yet. Raises StartFailure."""
+        address = str(self.config.ray.address)
+        _check_reachable(address)
         ray = importlib.import_module("ray")
         try:
-            ray.init(address=self.config.ray.address, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise StartFailure(f"cannot use the Ray cluster at {self.config.ray.address}: {error}") from error
+            raise StartFailure(f"cannot use the Ray cluster at {address}: {error}") from error
         self._start_serve(self.config.http.host)
 
     def deploy(self, application: Any) -> None:
         """Hand the application to Serve; returns at once (see `is_running`)."""
         serve = importlib.import_module("ray.serve")
+        self._deployed = True
         serve.run_many(
             [serve.RunTarget(application, name=APP_NAME, route_prefix="/", logging_config=serve_logging())],
             wait_for_ingress_deployment_creation=False,
@@ -93,6 +101,18 @@ class RunningRay:
             raise StartFailure(root_cause(application.message))
         return application.status.value == "RUNNING"
 
+    def is_ready(self) -> bool:
+        """Whether requests are answered: `is_running`, and an engine answers. Raises as `is_running` does."""
+        return self.is_running() and bool(self.engine_info())
+
+    @property
+    def url(self) -> str:
+        """Where clients connect, as far as it is known here."""
+        http, (host, colon, _) = self.config.http, str(self.config.ray.address).rpartition(":")
+        if colon and "/" not in host and http.host in ("0.0.0.0", "::"):
+            return f"http://{host}:{http.port}"
+        return base_url(http)
+
     def engine_info(self) -> dict[str, Any]:
         """What `Engine.info` says of one replica."""
         handle = importlib.import_module("ray.serve").get_deployment_handle("Engine", APP_NAME)
@@ -108,16 +128,24 @@ class RunningRay:
         return True
 
     def stop(self) -> None:
-        """Let go of the cluster."""
+        """Let go of the cluster, take Serve down if it was brought up by `start`, and remove this run's files."""
+        if self._serve_is_ours:
+            importlib.import_module("ray.serve").shutdown()
+            self._deployed = False
         self.kill()
+        self.remove_files()
 
     def kill(self) -> None:
-        """As `stop`, without waiting for anything."""
-        if "ray" in sys.modules:
-            importlib.import_module("ray").shutdown()
+        """Let go of the cluster without waiting for requests; what was deployed goes."""
+        if "ray" not in sys.modules or not importlib.import_module("ray").is_initialized():
+            return
+        if self._deployed:
+            importlib.import_module("ray.serve").delete(APP_NAME, _blocking=False)
+        importlib.import_module("ray").shutdown()
 
     def remove_files(self) -> None:
-        """Remove what this run alone needed."""
+        """Remove the folder of this run."""
+        remove_run_folder(self.folder)
 
     def _application(self) -> Any:
         return importlib.import_module("ray.serve").status().applications.get(APP_NAME)
@@ -126,11 +154,13 @@ class RunningRay:
         """Raises StartFailure when Serve already listens elsewhere."""
         serve = importlib.import_module("ray.serve")
         port = self.config.http.port
+        context = importlib.import_module("ray.serve.context")
+        self._serve_is_ours = context._get_global_client(raise_if_no_controller_running=False) is None
         serve.start(
             proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=serve_logging()
         )
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        actual = importlib.import_module("ray.serve.context")._get_global_client().http_config
+        actual = context._get_global_client().http_config
         if (actual.host, actual.port) != (host, port):
             raise StartFailure(
                 f"Serve on this cluster already listens on {actual.host}:{actual.port}, which cannot be changed while "
@@ -142,10 +172,9 @@ class LocalRay(RunningRay):
     """A Ray cluster of our own on this machine, gone when the server stops."""
 
     def __init__(self, config: HerdConfig) -> None:
+        ingress = choose_ingress(config.http)
         super().__init__(config)
-        self.ingress = choose_ingress(config.http)
-        # Not under TMPDIR: Ray and HAProxy put Unix sockets deep inside, and their paths end at 107 bytes.
-        self.folder = Path(tempfile.mkdtemp(prefix="herd-", dir="/tmp"))
+        self.ingress = ingress
         self.log_folder = self.folder / "ray" / "session_latest" / "logs"
 
     def start(self) -> None:
@@ -171,6 +200,10 @@ class LocalRay(RunningRay):
         )
         self._start_serve(_LOOPBACK if self.ingress == "haproxy" else config.http.host)
 
+    def is_ready(self) -> bool:
+        """As for `RunningRay`, asked the way that clients will."""
+        return self.is_running() and is_ready(self.url)
+
     def environment(self) -> dict[str, str]:
         """What Ray shall find in its environment. What the user has set stays, unless the run depends on it."""
         given = process_environment()
@@ -183,11 +216,24 @@ class LocalRay(RunningRay):
             settings |= haproxy_environment(self.folder, http.host, http.port, int(longest_s) + 60)
         return settings
 
-    def stop(self) -> None:
-        """End every process of the cluster and remove its files."""
-        importlib.import_module("ray.serve").shutdown()
-        super().stop()
-        self.remove_files()
+    def kill(self) -> None:
+        """End every process of the cluster at once."""
+        self._deployed = False
+        super().kill()
 
-    def remove_files(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def drain(self, give_up: Callable[[], bool]) -> bool:
+        """As for `RunningRay`."""
+        if self.ingress == "haproxy":
+            mark_draining(self.folder)
+        return super().drain(give_up)
+
+
+def _check_reachable(address: str) -> None:
+    """Raise StartFailure at once where Ray would try for minutes. Names such as "auto" are Ray's to resolve."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal() or "/" in host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _REACH_S).close()
+    except OSError as error:
+        raise StartFailure(f"nothing answers at ray.address {address}: {error}") from error

@@ -5,27 +5,24 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import json
 import os
 import time
 import traceback
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from .banner import base_url, ready_banner
+from .banner import ready_banner
 from .config import ConfigError, Effective, HerdConfig, cache_directory
 from .ports import PortUnavailable, check_port
 from .ray_runtime import LocalRay, RunningRay
-from .readiness import is_ready
 from .start_failure import StartFailure
 from .terminal import StopSignals, quiet_terminal
 
 DONE, FAILED, USAGE_ERROR, INTERRUPTED = 0, 1, 2, 130
+_POLL_S = 0.1
 _STAGES = {
     "wait": "waiting for another process that makes it",
     "download": "downloading",
@@ -46,7 +43,7 @@ def run_server(effective: Effective, *, attached: bool = False) -> int:
     except (PortUnavailable, ConfigError) as error:
         Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"error: {error}")
         return USAGE_ERROR
-    with _terminal(runtime) as console:
+    with quiet_terminal(runtime.folder / "server.log") as console:
         return _run(effective, runtime, console, attached)
 
 
@@ -58,8 +55,8 @@ def _run(effective: Effective, runtime: RunningRay, console: Console, attached: 
             console.print(f"Herd {importlib.metadata.version('herd-serve')}: starting {effective.config.model.path}")
         _start(effective.config, runtime, signals, console)
         if not attached:
-            name = _served_name(effective.config)
-            console.print(ready_banner(effective, name, runtime.engine_info(), runtime.ingress, runtime.log_folder))
+            facts = runtime.engine_info()
+            console.print(ready_banner(effective, runtime.url, facts, runtime.ingress, runtime.log_folder))
             console.print(f"Ready after {time.monotonic() - began:.0f} s")
     except KeyboardInterrupt:
         runtime.kill()
@@ -69,7 +66,11 @@ def _run(effective: Effective, runtime: RunningRay, console: Console, attached: 
     except Exception as error:  # noqa: BLE001 - the edge of the process: every way to fail ends in one explanation
         traceback.print_exc()  # into the log
         runtime.kill()
-        console.print(_explanation(error, runtime.log_folder))
+        console.print(_explanation(error))
+        if runtime.log_folder.exists():
+            console.print(f"logs: {runtime.log_folder}")
+        else:  # Ray was not started yet
+            runtime.remove_files()
         return FAILED
     return _serve_until_stopped(effective.config, runtime, signals, console, attached)
 
@@ -84,9 +85,8 @@ def _start(config: HerdConfig, runtime: RunningRay, signals: StopSignals, consol
         with _activity(console, "loading the model"):
             application = importlib.import_module("herd.deployments.app").build(config)
             runtime.deploy(application)
-            _wait(runtime.is_running)
-            url = base_url(config.http)
-            _wait(lambda: runtime.is_running() and is_ready(url))
+            while not runtime.is_ready():
+                time.sleep(_POLL_S)
 
 
 def _serve_until_stopped(
@@ -94,7 +94,7 @@ def _serve_until_stopped(
 ) -> int:
     parent = os.getppid()
     while not signals.count and not (attached and os.getppid() != parent):
-        time.sleep(0.1)
+        time.sleep(_POLL_S)
     if not attached:
         console.print("draining: running requests may finish, new ones are refused (Ctrl-C again to stop at once)")
     deadline = time.monotonic() + config.http.drain_timeout_s
@@ -145,27 +145,6 @@ def _activity(console: Console, text: str) -> AbstractContextManager[object]:
     return console.status(text) if console.is_terminal else nullcontext()
 
 
-def _terminal(runtime: RunningRay) -> AbstractContextManager[Console]:
-    return quiet_terminal(runtime.folder / "server.log") if isinstance(runtime, LocalRay) else _open_terminal()
-
-
-@contextmanager
-def _open_terminal() -> Iterator[Console]:
-    yield Console(highlight=False, markup=False, soft_wrap=True)
-
-
-def _wait(done: Callable[[], bool]) -> None:
-    while not done():
-        time.sleep(0.1)
-
-
-def _served_name(config: HerdConfig) -> str:
-    with urllib.request.urlopen(f"{base_url(config.http)}/v1/models", timeout=10) as response:
-        return json.load(response)["data"][0]["id"]
-
-
-def _explanation(error: Exception, logs: Path | None) -> str:
+def _explanation(error: Exception) -> str:
     plain = isinstance(error, StartFailure | ValueError)
-    text = str(error) if plain else f"{type(error).__name__}: {error}"
-    where = "" if logs is None else f"\nlogs: {logs}"
-    return f"error: the server could not start\n{text}{where}"
+    return f"error: the server could not start\n{error if plain else f'{type(error).__name__}: {error}'}"

@@ -43,8 +43,10 @@ class Service:
         engines: Engines,
         metrics: GatewayMetrics,
         defaults: SamplingDefaults | None = None,
+        returns_request_id: bool = True,
     ) -> None:
-        """`vocab_size`: the model's; its tokenizer may know fewer ids."""
+        """`vocab_size`: the model's; its tokenizer may know fewer ids. `returns_request_id`: put `x-request-id` into
+        answers; not where what stands before the gateway does it."""
         if not served_names:
             raise ValueError("a gateway serves at least one model name")
         self.config = config
@@ -54,6 +56,7 @@ class Service:
         self.engines = engines
         self.metrics = metrics
         self.defaults = defaults or SamplingDefaults()
+        self.returns_request_id = returns_request_id
         self.created = int(time.time())
         self.vocab_size = vocab_size
         self._in_flight = 0

