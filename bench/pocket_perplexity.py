@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 from herd.kernels import route as route_module
@@ -32,6 +33,8 @@ ANSWER = "<|im_start|>assistant\n"
 WINDOW = 1024
 TOKENS_PER_DOMAIN = 6000
 MIN_TOKENS = 16
+_ROWS = 128
+"""Rows of logits at a time: whole windows of them would take 200 MB."""
 
 
 class Scorer:
@@ -57,8 +60,12 @@ class Scorer:
         keys = PagedKeys(tables, torch.tensor([count], dtype=torch.int32), [count])
         pages = {(self._local, 0): GroupPages(positions_T, keys)}
         batch = Batch(torch.tensor(ids[:-1]), positions_T, [0, count], pages)
-        logits_TV = self.decoder.logits(self.decoder.forward(batch, self._cache)).float()
-        return -torch.log_softmax(logits_TV, -1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        hidden_TD = self.decoder.forward(batch, self._cache)
+        targets_T = torch.tensor(ids[1:])
+        parts = zip(hidden_TD.split(_ROWS), targets_T.split(_ROWS), strict=True)
+        return torch.cat(
+            [functional.cross_entropy(self.decoder.logits(h).float(), t, reduction="none") for h, t in parts]
+        )
 
 
 def windows(served: ServedModel, text: str) -> list[tuple[list[int], int]]:
