@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 _CPU_SHARE = 0.25
 """Share of the free memory that the KV cache may take on a CPU machine, where other programs live too."""
 _GPU_SHARE = 0.9
-_STEP_TOKENS = {"cpu": 512, "cuda": 8192}
+_STEP_TOKENS = {"cpu": 256, "cuda": 8192}
 """Tokens per step where nothing is configured: enough to saturate the device, few enough not to stall decoding."""
 
 _WARM_UP_TOKENS = 20

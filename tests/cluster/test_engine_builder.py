@@ -46,7 +46,7 @@ def test_the_block_size_divides_the_chunk(decoder: Decoder) -> None:
 
 
 def test_a_step_has_room_for_every_seat(decoder: Decoder) -> None:
-    assert choose(decoder, settings_of(), None).max_num_batched_tokens == 512
+    assert choose(decoder, settings_of(), None).max_num_batched_tokens == 256
     assert choose(decoder, settings_of(max_num_seqs=600), None).max_num_batched_tokens == 600
     assert choose(decoder, settings_of(max_num_batched_tokens=33), None).max_num_batched_tokens == 33
 
