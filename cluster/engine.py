@@ -150,7 +150,7 @@ class Engine:
             failed = [self.scheduler.fail(plan.sampling[row].request.id, fault) for row in error.rows]
             outputs += [output for output in failed if output is not None]
             num_failed = len(error.rows)
-        except Exception as error:  # noqa: BLE001 - the edge of the loop: a step's defect must not end the others
+        except Exception as error:  # the edge of the loop: a step's defect must not end the others
             self._failed_steps += 1
             logger.exception("a step failed")
             return self.scheduler.fail_step(plan, EngineFault(f"a step of the model failed: {error}"))
