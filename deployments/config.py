@@ -187,6 +187,16 @@ def cache_directory(config: ModelConfig) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "herd"
 
 
+PROGRESS_VARIABLE = "HERD_LOAD_PROGRESS"
+"""Set by `herd serve` for the replicas it starts; not a setting."""
+
+
+def progress_file() -> Path | None:
+    """Where an engine on this machine shall say how far it is with loading; None when nobody asked."""
+    path = os.environ.get(PROGRESS_VARIABLE)
+    return Path(path) if path else None
+
+
 def process_environment() -> dict[str, str]:
     """A copy of this process's environment, for starting children."""
     return dict(os.environ)

@@ -20,7 +20,8 @@ from ..cluster.request import EngineRequest, FinishReason, StepOutput
 from ..cluster.token_link import GatewayLink, TokenStreamClient
 from ..model.sampling_params import SamplingParams
 from ..model.source import resolve_model
-from .config import cache_directory, parse_tree
+from .config import cache_directory, parse_tree, progress_file
+from .load_progress import LoadProgress
 from .replica_logging import log_with_serve
 
 logger = logging.getLogger("herd.engine")
@@ -60,7 +61,9 @@ class Engine:
         if device.type == "cpu":
             torch.set_num_threads(config.engine.threads or _default_threads(config.engine.replicas))
         dtype_name = served.config.dtype if config.model.dtype == "auto" else config.model.dtype
-        decoder = served.decoder(dtype=getattr(torch, dtype_name), device=device, seed=config.model.seed)
+        progress = LoadProgress(progress_file())
+        dtype = getattr(torch, dtype_name)
+        decoder = served.decoder(dtype=dtype, device=device, seed=config.model.seed, progress=progress)
         plan = choose(decoder, config.engine, config.model.max_model_len)
         self._engine = build_engine(
             decoder,

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from .banner import base_url
-from .config import ConfigError, HerdConfig, HttpConfig, process_environment
+from .config import PROGRESS_VARIABLE, ConfigError, HerdConfig, HttpConfig, process_environment
 from .haproxy import haproxy_available, haproxy_environment, mark_draining
 from .readiness import is_ready
 from .run_folder import new_run_folder, remove_run_folder
@@ -65,6 +65,8 @@ class RunningRay:
         self.ingress: Literal["haproxy", "proxy", "cluster"] = "cluster"
         self.folder = new_run_folder()
         self.log_folder = self.folder
+        self.progress_path = self.folder / "load-progress.json"
+        """Where engines on this machine say how far they are with loading."""
         self._serve_is_ours = False
         self._deployed = False
 
@@ -208,6 +210,7 @@ class LocalRay(RunningRay):
         """What Ray shall find in its environment. What the user has set stays, unless the run depends on it."""
         given = process_environment()
         settings = {name: value for name, value in _DEFAULTS.items() if name not in given}
+        settings[PROGRESS_VARIABLE] = str(self.progress_path)
         if "RAY_AUTH_MODE" not in given:
             settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         http = self.config.http

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from .banner import ready_banner
 from .config import ConfigError, Effective, HerdConfig, cache_directory
+from .load_progress import read_progress
 from .ports import PortUnavailable, check_port
 from .ray_runtime import LocalRay, RunningRay
 from .start_failure import StartFailure
@@ -29,6 +30,8 @@ _STAGES = {
     "unpack": "unpacking",
     "verify": "checking",
     "convert": "converting",
+    "start": "starting its processes",
+    "weights": "loading weights",
 }
 
 
@@ -82,10 +85,15 @@ def _start(config: HerdConfig, runtime: RunningRay, signals: StopSignals, consol
         with _activity(console, "starting Ray"):
             runtime.start()
         signals.install()  # ray.init takes SIGTERM for itself
-        with _activity(console, "loading the model"):
+        with _stage_bars(console) as report:
+            if console.is_terminal:
+                report("start", 0, 0)
             application = importlib.import_module("herd.deployments.app").build(config)
             runtime.deploy(application)
             while not runtime.is_ready():
+                progress = read_progress(runtime.progress_path)
+                if progress is not None:
+                    report(*progress)
                 time.sleep(_POLL_S)
 
 
