@@ -157,11 +157,11 @@ class RunningRay:
         serve = importlib.import_module("ray.serve")
         port = self.config.http.port
         context = importlib.import_module("ray.serve.context")
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         self._serve_is_ours = context._get_global_client(raise_if_no_controller_running=False) is None
         serve.start(
             proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=serve_logging()
         )
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         actual = context._get_global_client().http_config
         if (actual.host, actual.port) != (host, port):
             raise StartFailure(
