@@ -25,30 +25,14 @@ from safetensors.torch import save_file
 from herd.deployments.haproxy import haproxy_available
 from herd.deployments.ports import free_ports
 
+from .live_app import TINY
+
 pytestmark = pytest.mark.slow
 
 START_S = 240.0
 STOP_S = 90.0
 AGENTS_S = 180.0
 """Ray's own agents notice within about a minute that their node is gone."""
-TINY = {
-    "architectures": ["Llama4ForCausalLM"],
-    "model_type": "llama4_text",
-    "vocab_size": 4096,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "intermediate_size_mlp": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 1,
-    "interleave_moe_layer_step": 1,
-    "max_position_embeddings": 4096,
-    "attention_chunk_size": 128,
-    "torch_dtype": "float32",
-}
 INGRESSES = ["proxy", pytest.param("haproxy", marks=pytest.mark.skipif(not haproxy_available(), reason="no HAProxy"))]
 
 
@@ -108,7 +92,7 @@ class Server:
 def model(tmp_path: Path) -> Path:
     folder = tmp_path / "tiny"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(TINY))
+    (folder / "config.json").write_text(json.dumps(TINY | {"vocab_size": 4096}))
     return folder
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from herd.kernels.linear import Linear, linear_ref
+from herd.kernels.linear import Linear, linear_ref, padded_rows
 
 from .tolerances import assert_as_exact, noise
 
@@ -33,3 +33,22 @@ def test_packing_keeps_the_callers_weight() -> None:
     before = weight.clone()
     Linear(weight)(noise(2, 32, dtype=torch.bfloat16))
     assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("I", [48, 512, 2048])
+def test_a_rows_bits_do_not_depend_on_its_company(I: int) -> None:  # noqa: E741
+    """In bfloat16, for every padding rule: single rows, few, up to a fine step, beyond."""
+    weight = noise(512, I, dtype=torch.bfloat16, seed=1)
+    linear = Linear(weight)
+    x = noise(140, I, dtype=torch.bfloat16)
+    whole = linear(x)
+    for rows in (1, 2, 3, 8, 9, 16, 17, 31, 63, 64, 65, 97, 139):
+        assert torch.equal(linear(x[:rows]), whole[:rows]), rows
+        assert torch.equal(linear(x[140 - rows :].contiguous()), whole[140 - rows :]), rows
+
+
+def test_few_numbers_of_rows_are_compiled() -> None:
+    counts = [padded_rows(rows) for rows in range(1, 257)]
+    assert all(padded >= rows for rows, padded in enumerate(counts, 1))
+    assert counts == sorted(counts)
+    assert len(set(counts)) == 8 + 7 + 6
