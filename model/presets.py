@@ -103,6 +103,12 @@ def _multimodal(**text: Any) -> dict[str, Any]:
     }
 
 
+def _released(**text: Any) -> dict[str, Any]:
+    """config.json of a released model: the shape that Scout and Maverick share, and what tells them apart."""
+    shared = {"num_hidden_layers": 48, "hidden_size": 5120, "num_attention_heads": 40}
+    return _multimodal(**shared, intermediate_size=8192, intermediate_size_mlp=16384, **text)
+
+
 _POCKET_LAYERS = 30
 _POCKET_CONTEXT = 8192
 _POCKET_CONFIG = {
@@ -165,12 +171,7 @@ PRESETS: Mapping[str, Preset] = {
         summary="a real 0.27B chat model in the Llama 4 format, 8 experts, fetched from PyPI at first use",
     ),
     "scout": Preset(
-        config=_multimodal(
-            num_hidden_layers=48,
-            hidden_size=5120,
-            num_attention_heads=40,
-            intermediate_size=8192,
-            intermediate_size_mlp=16384,
+        config=_released(
             num_local_experts=16,
             interleave_moe_layer_step=1,
             use_qk_norm=True,
@@ -182,12 +183,7 @@ PRESETS: Mapping[str, Preset] = {
         summary="Llama 4 Scout Instruct: 109B parameters, 17B active, 16 experts",
     ),
     "maverick": Preset(
-        config=_multimodal(
-            num_hidden_layers=48,
-            hidden_size=5120,
-            num_attention_heads=40,
-            intermediate_size=8192,
-            intermediate_size_mlp=16384,
+        config=_released(
             num_local_experts=128,
             interleave_moe_layer_step=2,
             use_qk_norm=False,
