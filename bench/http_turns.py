@@ -113,6 +113,16 @@ def median_of(rounds: list[dict]) -> dict:
     return merged
 
 
+async def versions(targets: list[Target]) -> dict:
+    """What each server says of its version."""
+    said = {}
+    async with aiohttp.ClientSession() as session:
+        for target in targets:
+            async with session.get(f"{target.url}/version") as response:
+                said[target.label] = await response.json() if response.status == 200 else None
+    return said
+
+
 async def run(args: argparse.Namespace) -> dict:
     rng = random.Random(args.seed)
     levels = [int(text) for text in args.concurrency.split(",")]
@@ -133,6 +143,7 @@ async def run(args: argparse.Namespace) -> dict:
     return {
         "machine": f"{platform.machine()}, {platform.processor() or 'cpu'}",
         "commit": commit.stdout.strip(),
+        "versions": await versions(args.target),
         "rounds": args.rounds,
         f"tok_s ratio to {base}": ratios,
         "medians": cells,
