@@ -12,7 +12,7 @@ _LONG_SUM = 1024
 company; two rows and more agree."""
 _EXACT_ROWS = 8
 _FINE_ROWS = 64
-"""oneDNN compiles its product anew for every number of rows (0.4 to 1.1 ms and 0.7 MB each, for one weight shape of
+"""oneDNN compiles its product anew for every number of rows (about 0.5 ms and 0.7 MiB each, for one weight shape of
 1,536 x 576) and keeps 1,024 of them; so numbers of rows above `_EXACT_ROWS` are rounded up to multiples of 8, above
 `_FINE_ROWS` of 32, and zeros fill the rest."""
 
