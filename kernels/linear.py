@@ -1,5 +1,6 @@
-"""y = x W^T with the weight laid out once for the device: packed by oneDNN for bfloat16 on CPU (about twice as fast as
-plain `linear` for few rows), plain elsewhere. Knows nothing of what the weight is."""
+"""y = x W^T with the weight laid out once for the device: packed by oneDNN on CPU, so that a row's bits do not depend
+on how many rows are beside it (and bfloat16 takes half the time of plain `linear` for few rows), plain elsewhere. Knows
+nothing of what the weight is."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 _LONG_SUM = 1024
-"""oneDNN splits longer sums differently for a single row, which would give it other bits than the same row has in
-company; two rows and more agree."""
+"""oneDNN splits the sums of a single row differently, in bfloat16 only longer ones, which would give it other bits than
+the same row has in company; two rows and more agree."""
 _EXACT_ROWS = 8
 _FINE_ROWS = 64
 """oneDNN compiles its product anew for every number of rows (about 0.5 ms and 0.7 MiB each, for one weight shape of
@@ -35,7 +36,8 @@ class Linear:
         if _can_pack(weight_OI):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, 1)
             self._weight_OI = None
-            self._fewest_rows = 2 if self.in_features > _LONG_SUM else 1
+            alone_differs = weight_OI.dtype is torch.float32 or self.in_features > _LONG_SUM
+            self._fewest_rows = 2 if alone_differs else 1
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         """[T, in] -> [T, out] of x's dtype."""
@@ -58,9 +60,8 @@ def padded_rows(rows: int) -> int:
 
 
 def _can_pack(weight: Tensor) -> bool:
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype is torch.bfloat16
-        and torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype is torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype is torch.float32

@@ -6,7 +6,10 @@ Knows nothing of requests, schedules or processes."""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as functional
@@ -19,7 +22,7 @@ from ..kernels.paged_attention import PagedKeys, paged_attention
 from ..kernels.rms_norm import add_rms_norm_, rms_norm
 from ..kernels.route import combine_, gather_scaled, route
 from .config import Llama4Config, rope_frequencies
-from .experts import ExpertBackend
+from .experts import ExpertBackend, ExpertsUnavailable
 from .kv_cache import KvCache
 
 
@@ -68,7 +71,7 @@ class LayerWeights:
 
 
 class Decoder:
-    """Weights and shape of the model; `forward` may run any number of times, one batch at a time."""
+    """Weights and shape of the model; runs any number of times, in one thread."""
 
     def __init__(
         self,
@@ -102,7 +105,40 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KvCache) -> Tensor:
         """Run the batch through all layers, writing its keys and values to `cache`. Returns the normalised hidden
-        states [T, D]; `logits` turns rows of them into logits."""
+        states [T, D]; `logits` turns rows of them into logits. Raises ExpertsUnavailable with the tokens that lack an
+        expert; what was written to the cache by then is of no use to anybody."""
+        return self._interleave([batch], cache)[0]
+
+    @torch.inference_mode()
+    def forward_interleaved(self, batches: Sequence[Batch], cache: KvCache) -> list[Tensor]:
+        """`forward` of several batches that share no sequence, layer by layer in turns, so that one computes its
+        attention while the experts of the others are under way. The tokens of ExpertsUnavailable are counted through
+        all batches."""
+        return self._interleave(batches, cache)
+
+    @torch.inference_mode()
+    def logits(self, hidden_SD: Tensor) -> Tensor:
+        """[S, D] -> [S, V] in the model dtype."""
+        return self._head(hidden_SD)
+
+    def _interleave(self, batches: Sequence[Batch], cache: KvCache) -> list[Tensor]:
+        firsts = accumulate((len(batch.ids_T) for batch in batches), initial=0)
+        turns = deque(self._run(batch, cache, first) for batch, first in zip(batches, firsts, strict=False))
+        hidden = []
+        try:
+            while turns:
+                run = turns.popleft()
+                try:
+                    next(run)
+                    turns.append(run)
+                except StopIteration as end:  # in order, since each batch has as many turns
+                    hidden.append(end.value)
+        finally:
+            self.experts.abandon()
+        return hidden
+
+    def _run(self, batch: Batch, cache: KvCache, first_token: int) -> Generator[None, None, Tensor]:
+        """All layers for one batch; pauses whenever its experts are under way. Returns the hidden states [T, D]."""
         eps = self.config.rms_norm_eps
         residual_TD = functional.embedding(batch.ids_T, self._embedding_VD)
         rows_T = batch.positions_T % self._rope_R.shape[0]
@@ -115,14 +151,9 @@ class Decoder:
                 x_TD = add_rms_norm_(residual_TD, delta_TD, layer.input_norm_D, eps)
             delta_TD = self._attention(i, x_TD, batch, cache, rows_T, q_scale_T)
             x_TD = add_rms_norm_(residual_TD, delta_TD, layer.mlp_norm_D, eps)
-            delta_TD = self._feed_forward(i, x_TD)
+            delta_TD = yield from self._feed_forward(i, x_TD, first_token)
         assert delta_TD is not None
         return add_rms_norm_(residual_TD, delta_TD, self._norm_D, eps)
-
-    @torch.inference_mode()
-    def logits(self, hidden_SD: Tensor) -> Tensor:
-        """[S, D] -> [S, V] in the model dtype."""
-        return self._head(hidden_SD)
 
     def _attention(
         self, index: int, x_TD: Tensor, batch: Batch, cache: KvCache, rows_T: Tensor, q_scale_T: Tensor | None
@@ -146,14 +177,21 @@ class Decoder:
         out_THd = paged_attention(q_THd, k_pages, v_pages, batch.q_starts, pages.keys, self._scale)
         return weights.output(out_THd.view(x_TD.shape[0], -1))
 
-    def _feed_forward(self, index: int, x_TD: Tensor) -> Tensor:
+    def _feed_forward(self, index: int, x_TD: Tensor, first_token: int) -> Generator[None, None, Tensor]:
         layer = self._layers[index]
         if layer.router is None:
             return layer.mlp(x_TD)
         plan = route(layer.router(x_TD), self.config.experts_per_token)
         pending = self.experts.dispatch(index, gather_scaled(x_TD, plan), plan.counts_E)
         shared_TD = layer.mlp(x_TD)
-        return combine_(shared_TD, self.experts.collect(pending), plan)
+        yield
+        try:
+            rows_ND = self.experts.collect(pending)
+        except ExpertsUnavailable as error:
+            tokens = {first_token + int(plan.tokens_N[row]) for row in error.rows}
+            assert tokens, "no row lacks an expert"
+            raise ExpertsUnavailable(error.message, sorted(tokens)) from error
+        return combine_(shared_TD, rows_ND, plan)
 
     def _temperature(self, positions_T: Tensor) -> Tensor | None:
         """t(p) = 1 + attn_scale ln(1 + floor((p + 1) / floor_scale)), the factor of q in NoPE layers; None where it is

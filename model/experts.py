@@ -13,16 +13,32 @@ from torch import Tensor
 from ..kernels.grouped_mlp import ExpertWeights, grouped_mlp
 
 
+class ExpertsUnavailable(Exception):
+    """Some rows could not be computed because nothing hosts their experts. `rows`: which, counted in what the catcher
+    handed in: routed rows from a backend, tokens from the decoder."""
+
+    def __init__(self, message: str, rows: Sequence[int]) -> None:
+        super().__init__(message)
+        self.message = message
+        self.rows = tuple(rows)
+
+
 class ExpertBackend(Protocol):
     """Runs the routed experts of a layer. `dispatch` starts, `collect` waits: whatever the caller computes in between
-    overlaps with the experts where the backend can."""
+    overlaps with the experts where the backend can. Several dispatches may be under way at once."""
 
     def dispatch(self, layer: int, rows_ND: Tensor, counts_E: Sequence[int]) -> Any:
         """Start expert e of `layer` on its counts_E[e] rows (scores are already applied). Returns a handle."""
         ...
 
     def collect(self, pending: Any) -> Tensor:
-        """The experts' outputs [N, D], in the order of the rows given to `dispatch`."""
+        """The experts' outputs [N, D], in the order of the rows given to `dispatch`. Raises ExpertsUnavailable, with at
+        least one row."""
+        ...
+
+    def abandon(self) -> None:
+        """Forget every dispatch that was not collected, if any: their results will not be asked for. Each forward pass
+        ends with it, however it ends."""
         ...
 
 
@@ -38,3 +54,6 @@ class LocalExperts:
     def collect(self, pending: tuple[int, Tensor, Sequence[int]]) -> Tensor:
         layer, rows_ND, counts_E = pending
         return grouped_mlp(rows_ND, counts_E, self._experts[layer])
+
+    def abandon(self) -> None:
+        pass

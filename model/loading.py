@@ -49,6 +49,9 @@ class Loader:
     def decoder(self, experts: ExpertBackend | None = None) -> Decoder:
         """The whole model; with `experts` given, the routed experts are left to it."""
         config = self._config
+        if experts is not None:
+            routed = len(config.moe_layers) * config.num_experts * 3 * config.hidden_size * config.expert_width
+            self._total -= routed * self._dtype.itemsize
         # The head first: laying it out takes a second copy for a moment, which must not come on top of everything else.
         embedding_VD = self._get(top_name(config, "model.embed_tokens.weight"))
         if config.tie_word_embeddings:
@@ -91,10 +94,14 @@ class Loader:
 
     def expert(self, layer: int, index: int) -> ExpertWeights:
         """One routed expert, read without its neighbours."""
+        gate_up_2FD, down_DF = self.expert_tensors(layer, index)
+        return ExpertWeights(Linear(gate_up_2FD), Linear(down_DF))
+
+    def expert_tensors(self, layer: int, index: int) -> tuple[Tensor, Tensor]:
+        """What `expert` lays out: gate_up [2F, D] and down [D, F], contiguous, of the wanted dtype, on the device."""
         base = layer_name(self._config, layer, "feed_forward.experts.")
-        gate_up = self._place(self._source.expert(f"{base}gate_up_proj", index).t())
-        down = self._place(self._source.expert(f"{base}down_proj", index).t())
-        return ExpertWeights(Linear(gate_up), Linear(down))
+        gate_up_2FD = self._place(self._source.expert(f"{base}gate_up_proj", index).t())
+        return gate_up_2FD, self._place(self._source.expert(f"{base}down_proj", index).t())
 
     def _get(self, name: str) -> Tensor:
         return self._place(self._source.tensor(name))

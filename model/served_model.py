@@ -3,6 +3,8 @@ Reads the files of a `ModelSource`; knows nothing of processes or requests."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +13,7 @@ from .byte_tokenizer import byte_tokenizer
 from .checkpoint import DummySource, SafetensorsSource, WeightSource
 from .config import Llama4Config, parse_config
 from .decoder import Decoder
+from .experts import ExpertBackend
 from .loading import Loader, Progress
 from .source import ModelSource
 from .tensor_names import text_tensors
@@ -40,12 +43,31 @@ class ServedModel:
         return SafetensorsSource(self.source.directory)
 
     def decoder(
-        self, *, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0, progress: Progress | None = None
+        self,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        progress: Progress | None = None,
+        experts: ExpertBackend | None = None,
     ) -> Decoder:
-        """Load the weights. Raises CheckpointError."""
+        """Load the weights; with `experts` given, all but the routed experts. Raises CheckpointError."""
+        with self.loader(dtype=dtype, device=device, seed=seed, progress=progress) as loader:
+            return loader.decoder(experts)
+
+    @contextmanager
+    def loader(
+        self,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Iterator[Loader]:
+        """Reads any part of the weights, such as single experts, while the context lasts. Raises CheckpointError."""
         weights = self.weights(seed)
         try:
-            return Loader(weights, self.config, dtype=dtype, device=device, progress=progress).decoder()
+            yield Loader(weights, self.config, dtype=dtype, device=device, progress=progress)
         finally:
             weights.close()
 

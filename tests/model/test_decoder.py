@@ -34,6 +34,17 @@ def test_logits_are_those_of_transformers(
     torch.testing.assert_close(logits, oracle.logits(ids), atol=TOLERANCE, rtol=0)
 
 
+DTYPES = [
+    torch.float32,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(
+            not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="torch's own products promise no equal bits"
+        ),
+    ),
+]
+
+
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
     return tiny_decoder(tiny_config())
@@ -103,11 +114,11 @@ def test_bfloat16_is_close_to_float32() -> None:
     assert error.max() < 0.1 * exact.std()
 
 
-@pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="torch's own matrix products promise no equal bits"
-)
-def test_bfloat16_decodes_as_it_prefills() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sequence_decodes_as_it_prefills(dtype: torch.dtype) -> None:
     """A token's keys, values and logits have the same bits in whichever piece it was computed."""
-    decoder = tiny_decoder(tiny_config(), dtype=torch.bfloat16)
+    decoder = tiny_decoder(tiny_config(), dtype=dtype)
     ids = random_ids(40, vocab_size=61, seed=0)
-    assert torch.equal(sequence_logits(decoder, ids, 64), sequence_logits(decoder, ids, 5, 21))
+    whole = sequence_logits(decoder, ids, 64)
+    for piece, num_prefill in ((5, 21), (3, None), (1, None), (8, 1)):
+        assert torch.equal(sequence_logits(decoder, ids, piece, num_prefill), whole)

@@ -9,12 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from herd.kernels.grouped_mlp import ExpertWeights
+from herd.kernels.linear import Linear
+from herd.model.byte_tokenizer import byte_tokenizer
 from herd.model.checkpoint import DummySource, SafetensorsSource
 from herd.model.checkpoint_error import CheckpointError
 from herd.model.checkpoint_writer import SafetensorsWriter
 from herd.model.config import Llama4Config
 from herd.model.decoder import Decoder
+from herd.model.experts import LocalExperts
 from herd.model.loading import Loader
+from herd.model.served_model import ServedModel
+from herd.model.source import ModelSource
 from herd.model.tensor_names import is_vision_tensor, text_tensors
 
 from ..tiny_models import random_ids, sequence_logits, tiny_config
@@ -141,6 +147,21 @@ def test_one_expert_alone() -> None:
     torch.testing.assert_close(expert(rows), (torch.nn.functional.silu(gate) * up) @ down)
 
 
+def test_an_experts_tensors_are_what_it_is_made_of() -> None:
+    """Of the wanted dtype, and laid out so that their bytes are the same wherever they are read."""
+    loader = Loader(dummy(MIXED), MIXED, dtype=torch.bfloat16)
+    gate_up, down = loader.expert_tensors(1, 3)
+    stored = [
+        dummy(MIXED).tensor(f"model.layers.1.feed_forward.experts.{kind}_proj")[3] for kind in ("gate_up", "down")
+    ]
+    for tensor, expected in zip((gate_up, down), stored, strict=True):
+        assert tensor.is_contiguous()
+        assert torch.equal(tensor, expected.t().bfloat16())
+    rows = torch.randn(3, 32, dtype=torch.bfloat16)
+    made = ExpertWeights(Linear(gate_up), Linear(down))
+    assert torch.equal(loader.expert(1, 3)(rows), made(rows))
+
+
 class Nowhere:
     """An expert backend that must not be asked."""
 
@@ -148,6 +169,9 @@ class Nowhere:
         raise AssertionError("not to be called")
 
     def collect(self, pending: None) -> Tensor:
+        raise AssertionError("not to be called")
+
+    def abandon(self) -> None:
         raise AssertionError("not to be called")
 
 
@@ -158,14 +182,32 @@ def test_experts_that_live_elsewhere_are_not_read() -> None:
     assert isinstance(decoder.experts, Nowhere)
 
 
-def test_progress_counts_every_byte() -> None:
+@pytest.mark.parametrize("experts", [None, Nowhere()], ids=["whole", "without experts"])
+def test_progress_counts_every_byte_that_is_loaded(experts: Nowhere | None) -> None:
     seen: list[tuple[str, int, int]] = []
-    Loader(dummy(MIXED), MIXED, dtype=torch.bfloat16, progress=lambda *step: seen.append(step)).decoder()
-    total = 2 * MIXED.num_parameters
+    loader = Loader(dummy(MIXED), MIXED, dtype=torch.bfloat16, progress=lambda *step: seen.append(step))
+    loader.decoder(experts)
+    names = [name for name in text_tensors(MIXED) if experts is None or ".experts." not in name]
+    total = 2 * sum(dummy(MIXED).tensor(name).numel() for name in names)
     assert {(stage, of) for stage, _, of in seen} == {("weights", total)}
     done = [count for _, count, _ in seen]
     assert done == sorted(done)
     assert done[-1] == total
+
+
+def test_a_served_model_gives_its_experts_away_and_reads_them_one_by_one(tmp_path: Path) -> None:
+    """What an engine and a shard load are together the whole model."""
+    write(tmp_path, MIXED, torch.float32)
+    source = ModelSource("tiny", tmp_path, {}, {}, "safetensors", False)
+    served = ServedModel(source, MIXED, byte_tokenizer(4096), frozenset(), frozenset())
+    whole = logits_of(served.decoder(dtype=torch.float32))
+    with served.loader(dtype=torch.float32) as loader:
+        experts = LocalExperts({layer: [loader.expert(layer, e) for e in range(4)] for layer in (1, 3)})
+    with pytest.raises(CheckpointError):
+        loader.expert(1, 0)
+    decoder = served.decoder(dtype=torch.float32, experts=experts)
+    assert decoder.experts is experts
+    assert torch.equal(logits_of(decoder), whole)
 
 
 _MEASURE = """
@@ -181,38 +223,42 @@ def status(key):
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
 # The libraries that the first products load are not the weights'.
-Linear(torch.zeros(64, 64, dtype=torch.bfloat16))(torch.zeros(2, 64, dtype=torch.bfloat16))
+dtype = getattr(torch, sys.argv[3])
+Linear(torch.zeros(64, 64, dtype=dtype))(torch.zeros(2, 64, dtype=dtype))
 config = Llama4Config.model_validate_json(sys.argv[2])
 source = SafetensorsSource(sys.argv[1])
 before = status("VmRSS")
-decoder = Loader(source, config, dtype=torch.bfloat16).decoder()
+decoder = Loader(source, config, dtype=dtype).decoder()
 print(status("VmHWM") - before, status("VmRSS") - before)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("tied", [False, True])
-def test_loading_takes_little_more_memory_than_the_weights(tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tied"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)], ids=str
+)
+def test_loading_takes_little_more_memory_than_the_weights(dtype: torch.dtype, tied: bool, tmp_path: Path) -> None:
     """A quarter of a gigabyte, shaped like the releases: mostly experts, embeddings of a few percent. A tied head is
     laid out beside the table that it shares, so it counts."""
+    num_layers = 12 // dtype.itemsize
     config = tiny_config(
         vocab_size=8000,
         hidden_size=768,
-        num_layers=6,
+        num_layers=num_layers,
         num_heads=12,
         num_kv_heads=4,
         head_dim=64,
         expert_width=1024,
         dense_width=2048,
         num_experts=8,
-        moe_layers=frozenset(range(6)),
+        moe_layers=frozenset(range(num_layers)),
         tie_word_embeddings=tied,
     )
-    write(tmp_path, config, torch.bfloat16)
-    weights = 2 * (config.num_parameters + tied * config.vocab_size * config.hidden_size)
+    write(tmp_path, config, dtype)
+    weights = dtype.itemsize * (config.num_parameters + tied * config.vocab_size * config.hidden_size)
     assert weights > 240e6
     run = subprocess.run(
-        [sys.executable, "-c", _MEASURE, str(tmp_path), config.model_dump_json()],
+        [sys.executable, "-c", _MEASURE, str(tmp_path), config.model_dump_json(), str(dtype).removeprefix("torch.")],
         capture_output=True,
         text=True,
         check=True,
