@@ -6,13 +6,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
+from ..model.experts import ExpertsUnavailable
 from ..model.sampling import SamplingError
 from ..model.sampling_params import SamplingParams
-from .errors import EngineFault, HerdError
+from .errors import EngineFault, ExpertUnavailable, HerdError
 from .request import EngineRequest, StepOutput
 from .runner import ModelRunner, to_draw
 from .scheduler import Scheduler, SchedulerCounters, StepPlan
@@ -33,6 +36,10 @@ class EngineStats:
     steps: int
     failed_steps: int
     """Steps whose requests all ended with EngineFault."""
+    abandoned_steps: int
+    """Steps that lacked an expert: some of their requests ended with ExpertUnavailable, the others repeat them."""
+    split_steps: int
+    """Steps computed as two halves, one's attention beside the other's experts."""
     generated_tokens: int
     computed_tokens: int
     preemptions: int
@@ -64,7 +71,7 @@ class Engine:
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._arrivals = 0
-        self._steps = self._failed_steps = self._generated = self._computed = 0
+        self._steps = self._failed_steps = self._abandoned_steps = self._generated = self._computed = 0
         self._step_seconds = 0.0
         self.fault: BaseException | None = None
         """What ended the thread, if something did: the engine is then of no further use."""
@@ -130,6 +137,8 @@ class Engine:
             pages_used=usage.used,
             steps=self._steps,
             failed_steps=self._failed_steps,
+            abandoned_steps=self._abandoned_steps,
+            split_steps=self._runner.split_steps,
             generated_tokens=self._generated,
             computed_tokens=self._computed,
             preemptions=counters.preemptions,
@@ -150,6 +159,8 @@ class Engine:
             failed = [self.scheduler.fail(plan.sampling[row].request.id, fault) for row in error.rows]
             outputs += [output for output in failed if output is not None]
             num_failed = len(error.rows)
+        except ExpertsUnavailable as error:
+            return self._abandon(plan, error)
         except Exception as error:  # the edge of the loop: a step's defect must not end the others
             self._failed_steps += 1
             logger.exception("a step failed")
@@ -160,6 +171,16 @@ class Engine:
         self._generated += len(draws) - num_failed
         self._step_seconds += self._clock() - started
         return outputs
+
+    def _abandon(self, plan: StepPlan, error: ExpertsUnavailable) -> list[StepOutput]:
+        """End the requests that lack an expert; the others lose no more than a step's time."""
+        self._abandoned_steps += 1
+        ends = list(accumulate(entry.num_tokens for entry in plan.entries))
+        hit = sorted({bisect_right(ends, row) for row in error.rows})
+        unavailable = ExpertUnavailable(error.message)
+        outputs = [self.scheduler.fail(plan.entries[index].request.id, unavailable) for index in hit]
+        self.scheduler.abandon(plan)
+        return [output for output in outputs if output is not None]
 
     def _take_commands(self) -> list[StepOutput]:
         outputs = []

@@ -17,6 +17,7 @@ from .config import EngineConfig
 from .engine import Engine
 from .kv_layout import KvLayout
 from .kv_manager import KvManager
+from .overlap import OverlapTuner
 from .request import StepOutput
 from .runner import ModelRunner
 from .scheduler import Scheduler
@@ -87,8 +88,9 @@ def build_engine(
     suppressed_ids: frozenset[int] = frozenset(),
     on_outputs: Callable[[list[StepOutput]], None],
     on_fault: Callable[[BaseException], None] = lambda error: None,
+    overlap: OverlapTuner | None = None,
 ) -> Engine:
-    """An engine that is ready to step."""
+    """An engine that is ready to step. `overlap` is for experts that compute elsewhere (see `ModelRunner`)."""
     layout = plan.layout
     kv = KvManager(layout, settings.prefix_caching)
     cache = KvCache(
@@ -108,7 +110,7 @@ def build_engine(
         kv=kv,
         eos_ids=eos_ids,
     )
-    runner = ModelRunner(decoder, cache, sampler, kv, settings.max_num_seqs)
+    runner = ModelRunner(decoder, cache, sampler, kv, settings.max_num_seqs, overlap)
     logger.info(
         "KV cache: %d pages, %.1f MiB; %d tokens a step; context %d",
         layout.num_pages,

@@ -9,6 +9,9 @@ number that each class suggests to the gateway.
     ├── DeadlineExceeded (504)        the request's own deadline passed
     ├── EngineUnavailable (503)       not ready, draining, or the engine died
     │   └── GatewayUnreachable        nobody would read the answer
+    ├── ExpertUnavailable (503)       no shard hosts an expert that the request needs, and none came in time
+    ├── PlacementError (503)          the experts do not fit the shards; the message says by how much
+    ├── DigestMismatch (503)          an expert was loaded with other bytes than its copies have
     ├── ProtocolError (503)           a peer sent bytes that are no frame, or one that cannot be sent
     └── EngineFault (500)             a step failed; a defect of ours
 """
@@ -81,6 +84,25 @@ class GatewayUnreachable(EngineUnavailable):
     code = "gateway_unreachable"
 
 
+class ExpertUnavailable(HerdError):
+    status = 503
+    code = "expert_unavailable"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float = 5.0) -> None:
+        super().__init__(message, param=param)
+        self.retry_after_s = retry_after_s
+
+
+class PlacementError(HerdError):
+    status = 503
+    code = "placement_failed"
+
+
+class DigestMismatch(HerdError):
+    status = 503
+    code = "digest_mismatch"
+
+
 class ProtocolError(HerdError):
     status = 503
     code = "protocol_error"
@@ -102,6 +124,9 @@ _BY_NAME: dict[str, type[HerdError]] = {
         DeadlineExceeded,
         EngineUnavailable,
         GatewayUnreachable,
+        ExpertUnavailable,
+        PlacementError,
+        DigestMismatch,
         ProtocolError,
         EngineFault,
     )

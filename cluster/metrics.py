@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
@@ -14,6 +15,9 @@ from prometheus_client.registry import Collector
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+_SHORTEST_RATE_S = 0.5
+"""Reports come once a second, but may arrive together after a stall: no rate is told from those."""
 
 
 class GatewayMetrics:
@@ -39,6 +43,11 @@ class GatewayMetrics:
         )
         self.output_tokens = Counter(
             "herd_gateway_output_tokens_total", "Tokens generated and passed on", registry=self.registry
+        )
+        self.resumed_requests = Counter(
+            "herd_gateway_resumed_requests_total",
+            "Times that a request went on after its engine was lost",
+            registry=self.registry,
         )
         self.first_token = Histogram(
             "herd_gateway_first_token_seconds",
@@ -67,29 +76,57 @@ class GatewayMetrics:
         return generate_latest(self.registry)
 
 
+@dataclass(slots=True)
+class _Report:
+    """The latest of one engine, and the tokens that it had generated at a moment some time before."""
+
+    at: float
+    figures: dict[str, float]
+    counted_at: float
+    counted_tokens: float
+    tokens_per_s: float | None = None
+
+
 class EngineStats(Collector):
     """Latest figures of each engine as gauges named `herd_engine_<figure>`, labelled by engine."""
 
     def __init__(self, ttl_s: float, clock: Callable[[], float]) -> None:
         self._ttl_s = ttl_s
         self._clock = clock
-        self._latest: dict[str, tuple[float, dict[str, float]]] = {}
+        self._latest: dict[str, _Report] = {}
 
     def update(self, engine: str, stats: Mapping[str, object]) -> None:
         """Keep the numbers of `stats`; other values are not for Prometheus."""
         numbers = {name: float(value) for name, value in stats.items() if isinstance(value, (int, float))}
-        self._latest[engine] = (self._clock(), numbers)
+        now, tokens = self._clock(), numbers.get("generated_tokens", 0.0)
+        report = self._latest.setdefault(engine, _Report(now, numbers, now, tokens))
+        report.at, report.figures = now, numbers
+        if (elapsed := now - report.counted_at) >= _SHORTEST_RATE_S:
+            report.tokens_per_s = (tokens - report.counted_tokens) / elapsed
+            report.counted_at, report.counted_tokens = now, tokens
 
     def forget(self, engine: str) -> None:
         self._latest.pop(engine, None)
 
+    def latest(self) -> list[dict[str, str | float | None]]:
+        """For each engine heard of lately: `engine_id`, `age_s` of its report, `tokens_per_s` (None: too early to tell)
+        and its figures."""
+        now = self._clock()
+        return [
+            {"engine_id": engine, "age_s": now - report.at, "tokens_per_s": report.tokens_per_s} | report.figures
+            for engine, report in self._fresh()
+        ]
+
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        oldest = self._clock() - self._ttl_s
-        self._latest = {engine: entry for engine, entry in self._latest.items() if entry[0] >= oldest}
         families: dict[str, GaugeMetricFamily] = {}
-        for engine, (_, numbers) in sorted(self._latest.items()):
-            for name, value in numbers.items():
+        for engine, report in self._fresh():
+            for name, value in report.figures.items():
                 if name not in families:
                     families[name] = GaugeMetricFamily(f"herd_engine_{name}", f"Engine's own {name}", labels=["engine"])
                 families[name].add_metric([engine], value)
         yield from families.values()
+
+    def _fresh(self) -> list[tuple[str, _Report]]:
+        oldest = self._clock() - self._ttl_s
+        self._latest = {engine: report for engine, report in self._latest.items() if report.at >= oldest}
+        return sorted(self._latest.items())

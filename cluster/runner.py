@@ -3,6 +3,8 @@ knows requests and page tables, but neither why they were scheduled nor who wait
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,9 +15,10 @@ from ..model.kv_cache import KvCache
 from ..model.penalties import PenaltyState, SamplingRow, needs_history
 from ..model.sampling import Drawn, Sampler
 from .kv_manager import KvManager
+from .overlap import OverlapTuner
 from .page_tables import PageTables
 from .request import Request, TokenLogprob
-from .scheduler import StepPlan
+from .scheduler import PlannedRequest, StepPlan
 
 Draw = tuple[int, TokenLogprob | None]
 
@@ -23,7 +26,16 @@ Draw = tuple[int, TokenLogprob | None]
 class ModelRunner:
     """Executes step plans on one device."""
 
-    def __init__(self, decoder: Decoder, cache: KvCache, sampler: Sampler, kv: KvManager, max_num_seqs: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KvCache,
+        sampler: Sampler,
+        kv: KvManager,
+        max_num_seqs: int,
+        overlap: OverlapTuner | None = None,
+    ) -> None:
+        """`overlap` may split steps in halves; None never does, which is right for experts that compute here."""
         self._decoder = decoder
         self._cache = cache
         self._sampler = sampler
@@ -31,13 +43,17 @@ class ModelRunner:
         self._device = decoder.device
         self._tables = PageTables(kv.layout, max_num_seqs)
         self._penalties: dict[str, PenaltyState] = {}
+        self._overlap = overlap or OverlapTuner("off")
+        self.split_steps = 0
+        """Steps that were computed as two halves."""
 
     def run(self, plan: StepPlan) -> list[Draw]:
         """Compute a non-empty plan; one draw for each entry of `plan.sampling`. Raises SamplingError for rows without
-        a finite logit (it carries what the others drew)."""
+        a finite logit (it carries what the others drew), and ExpertsUnavailable for tokens without an expert, counted
+        through the plan; nothing is drawn then."""
         for request in plan.preempted:
             self._tables.forget(request.id)
-        hidden_TD = self._decoder.forward(self._batch(plan), self._cache)
+        hidden_TD = self._forward(plan.entries)
         if not plan.sampling:
             return []
         hidden_SD = hidden_TD
@@ -54,8 +70,16 @@ class ModelRunner:
         self._tables.forget(request_id)
         self._penalties.pop(request_id, None)
 
-    def _batch(self, plan: StepPlan) -> Batch:
-        entries, layout = plan.entries, self._kv.layout
+    def _forward(self, entries: Sequence[PlannedRequest]) -> Tensor:
+        with self._overlap.step([entry.num_tokens for entry in entries]) as cut:
+            if not cut:
+                return self._decoder.forward(self._batch(entries), self._cache)
+            self.split_steps += 1
+            halves = [self._batch(entries[:cut]), self._batch(entries[cut:])]
+            return torch.cat(self._decoder.forward_interleaved(halves, self._cache))
+
+    def _batch(self, entries: Sequence[PlannedRequest]) -> Batch:
+        layout = self._kv.layout
         requests = [entry.request for entry in entries]
         tables = [self._kv.tables(request.id) for request in requests]
         rows_S = np.array([self._tables.sync(r.id, t) for r, t in zip(requests, tables, strict=True)], np.int64)
@@ -63,7 +87,7 @@ class ModelRunner:
         firsts_S = np.array([request.num_computed_tokens for request in requests], np.int64)
         q_starts = np.concatenate(([0], np.cumsum(counts_S)))
         sequence_T = np.repeat(np.arange(len(entries)), counts_S)
-        positions_T = np.arange(plan.total_tokens) - q_starts[sequence_T] + firsts_S[sequence_T]
+        positions_T = np.arange(len(sequence_T)) - q_starts[sequence_T] + firsts_S[sequence_T]
         ids: list[int] = []
         for request, num_tokens, _ in entries:
             first = request.num_computed_tokens

@@ -84,8 +84,8 @@ class _Step:
 
 
 class Scheduler:
-    """Continuous batching for one engine. One step at a time: each non-empty plan goes back through `update` or
-    `fail_step` before the next `schedule`."""
+    """Continuous batching for one engine. One step at a time: each non-empty plan goes back through `update`,
+    `abandon` or `fail_step` before the next `schedule`."""
 
     def __init__(
         self,
@@ -240,6 +240,10 @@ class Scheduler:
             logprobs = () if logprob is None else (logprob,)
             outputs.append(StepOutput(request.id, (token_id,), logprobs, reason, request.num_cached_tokens))
         return outputs
+
+    def abandon(self, plan: StepPlan) -> None:
+        """Take note that a step came to nothing: its requests stand where they stood, and will compute it again."""
+        self._land(plan)
 
     def fail_step(self, plan: StepPlan, error: HerdError) -> list[StepOutput]:
         """Take note that a step could not be computed: all its requests end with `error`."""

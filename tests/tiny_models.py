@@ -15,6 +15,7 @@ from torch import Tensor
 from herd.cluster.engine import Engine
 from herd.cluster.kv_layout import KvLayout
 from herd.cluster.kv_manager import KvManager
+from herd.cluster.overlap import OverlapTuner
 from herd.cluster.request import EngineRequest, StepOutput
 from herd.cluster.runner import Draw, ModelRunner
 from herd.cluster.scheduler import Scheduler, StepPlan
@@ -123,6 +124,11 @@ class _RecordingDecoder:
         self.hidden_TD = self._decoder.forward(batch, cache)
         return self.hidden_TD
 
+    def forward_interleaved(self, batches: Sequence[Batch], cache: KvCache) -> list[Tensor]:
+        parts = self._decoder.forward_interleaved(batches, cache)
+        self.hidden_TD = torch.cat(parts)
+        return parts
+
 
 class _RecordingRunner(ModelRunner):
     """Notes the logits of every position that a plan computes, sampled from or not."""
@@ -156,6 +162,7 @@ class EngineLab:
         prefix_caching: bool = True,
         eos_ids: Sequence[int] = (),
         clock: Callable[[], float] = lambda: 0.0,
+        overlap: OverlapTuner | None = None,
     ) -> None:
         config = decoder.config
         local = config.num_local_layers
@@ -187,7 +194,7 @@ class EngineLab:
         self.prompts: dict[str, list[int]] = {}
         recording = _RecordingDecoder(decoder)
         sampler = Sampler(config.vocab_size, eos_ids=frozenset(eos_ids))
-        self.runner = _RecordingRunner(cast(Decoder, recording), self.cache, sampler, self.kv, max_num_seqs)
+        self.runner = _RecordingRunner(cast(Decoder, recording), self.cache, sampler, self.kv, max_num_seqs, overlap)
         self.runner.watch(recording, lambda id_, position, row: self.logits[id_].append((position, row)))
         self.faults: list[BaseException] = []
         self.engine = Engine(

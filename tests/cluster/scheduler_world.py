@@ -5,16 +5,24 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 
-from herd.cluster.errors import ContextLengthExceeded, DeadlineExceeded, EngineFault, Overloaded
+from herd.cluster.errors import (
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    EngineFault,
+    ExpertUnavailable,
+    Overloaded,
+)
 from herd.cluster.kv_layout import KvLayout
 from herd.cluster.kv_manager import KvManager
 from herd.cluster.request import EngineRequest, FinishReason, Request, RequestState, StepOutput
 from herd.cluster.scheduler import Scheduler, StepPlan
 from herd.model.sampling_params import SamplingParams
 
+StepEnd = Literal["done", "failed", "abandoned"]
 EOS = 1
 MAX_MODEL_LEN = 100
 MAX_QUEUED = 8
@@ -169,11 +177,16 @@ class World:
         self.plan = self.scheduler.schedule()
         self.check_plan(self.plan)
 
-    def finish_step(self, fail: bool = False) -> None:
+    def finish_step(self, end: StepEnd = "done", num_lost: int = 1) -> None:
+        """End the step in flight: as planned, with a failure of all, or abandoned because the first `num_lost` of its
+        requests lack an expert."""
         plan, self.plan = self.plan, None
         assert plan is not None
+        if end == "abandoned":
+            self.abandon_step(plan, num_lost)
+            return
         self.execute(plan)
-        if fail:
+        if end == "failed":
             outputs = self.scheduler.fail_step(plan, EngineFault("the step failed"))
             assert all(isinstance(output.error, EngineFault) for output in outputs)
         else:
@@ -181,6 +194,26 @@ class World:
             outputs = self.scheduler.update(plan, draws)
         for output in outputs:
             self.receive(output)
+
+    def abandon_step(self, plan: StepPlan, num_lost: int) -> None:
+        """Whatever the step wrote is worth nothing; who is not lost stands where it stood, and nothing is published."""
+        before = {request: (request.num_computed_tokens, request.num_tokens) for request, *_ in plan.entries}
+        published = [dict(blocks) for blocks in self.kv.pool._published]
+        for request, num_tokens, _ in plan.entries:
+            self.mirror_tables(request.id)
+            start, stop = request.num_computed_tokens, request.num_computed_tokens + num_tokens
+            chain = chain_of(request.token_ids, self.chains[request])
+            for place, _content in self.contents(request, chain, start, start, stop):
+                self.memory[place] = ("abandoned", 0, 0)
+        for request, *_ in plan.entries[:num_lost]:
+            output = self.scheduler.fail(request.id, ExpertUnavailable("nobody hosts an expert"))
+            assert (output is None) == (request.id not in self.live)
+            if output is not None:
+                self.receive(output)
+        self.scheduler.abandon(plan)
+        assert [*self.kv.pool._published] == published
+        for request, progress in before.items():
+            assert (request.num_computed_tokens, request.num_tokens) == progress
 
     def execute(self, plan: StepPlan) -> None:
         """What the runner does: write all new positions, then look at everything that attention would read."""

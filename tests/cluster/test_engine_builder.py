@@ -5,6 +5,7 @@ import torch
 
 from herd.cluster.config import EngineConfig
 from herd.cluster.engine_builder import build_engine, choose, choose_device
+from herd.cluster.overlap import OverlapTuner
 from herd.cluster.request import EngineRequest, StepOutput
 from herd.model.decoder import Decoder
 from herd.model.kv_cache import page_bytes
@@ -76,3 +77,20 @@ def test_a_built_engine_is_warm_and_as_good_as_new(decoder: Decoder, max_model_l
         pass
     assert [output.token_ids for output in outputs] == [tuple(EngineLab(decoder).generate([0], max_tokens=1))]
     assert outputs[0].num_cached_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("overlap", "splits"), [(None, False), (OverlapTuner("off"), False), (OverlapTuner("on"), True)]
+)
+def test_steps_are_split_as_the_builder_was_told(decoder: Decoder, overlap: OverlapTuner | None, splits: bool) -> None:
+    settings = settings_of()
+    plan = choose(decoder, settings, 64)
+    engine = build_engine(
+        decoder, settings, plan, eos_ids=frozenset(), on_outputs=lambda outputs: None, overlap=overlap
+    )
+    for name in "ab":
+        engine.submit(EngineRequest(name, [0, 1], SamplingParams(max_tokens=3, temperature=0.0)))
+    while engine.step():
+        pass
+    stats = engine.stats()
+    assert stats.split_steps == (stats.steps if splits else 0)

@@ -30,3 +30,25 @@ def test_registries_are_apart():
     one, other = GatewayMetrics(), GatewayMetrics()
     one.requests.labels("/x", "200").inc()
     assert b'endpoint="/x"' not in other.render()
+
+
+def test_tokens_per_second_come_from_reports_far_enough_apart():
+    now = 0.0
+    stats = GatewayMetrics(stats_ttl_s=10, clock=lambda: now).engines
+
+    def rate_after(at: float, tokens: int) -> object:
+        nonlocal now
+        now = at
+        stats.update("a", {"generated_tokens": tokens})
+        (latest,) = stats.latest()
+        assert latest["generated_tokens"] == tokens
+        return latest["tokens_per_s"]
+
+    assert rate_after(1.0, 500) is None, "what came before it was heard of is not counted"
+    assert rate_after(2.0, 520) == 20
+    assert rate_after(2.01, 530) == 20, "two that came together"
+    assert rate_after(4.0, 540) == 10
+    now = 6.0
+    assert stats.latest() == [{"engine_id": "a", "age_s": 2.0, "tokens_per_s": 10.0, "generated_tokens": 540.0}]
+    now = 15.0
+    assert stats.latest() == []

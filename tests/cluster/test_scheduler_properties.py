@@ -74,9 +74,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.world.schedule()
 
     @precondition(lambda self: self.world.plan is not None)
-    @rule(fail=st.sampled_from([False] * 9 + [True]))
-    def finish_step(self, fail) -> None:
-        self.world.finish_step(fail)
+    @rule(end=st.sampled_from([*["done"] * 8, "failed", "abandoned", "abandoned"]), num_lost=st.integers(0, 3))
+    def finish_step(self, end, num_lost) -> None:
+        self.world.finish_step(end, num_lost)
 
     @precondition(lambda self: self.world.plan is None)
     @rule(count=st.integers(1, 20))
@@ -115,7 +115,8 @@ def random_steps(world: World, rng: random.Random, num_steps: int) -> None:
         world.schedule()
         if world.live and rng.random() < 0.05:
             world.abort(rng.choice(list(world.live)))
-        world.finish_step(fail=rng.random() < 0.002)
+        end = rng.choices(("done", "failed", "abandoned"), (0.968, 0.002, 0.03))[0]
+        world.finish_step(end, num_lost=rng.choice((0, 1, 2)))
         if world.live and rng.random() < 0.05:
             world.abort(rng.choice(list(world.live)))
         world.check()
