@@ -26,7 +26,7 @@ def ready_banner(effective: Effective, url: str, info: Mapping[str, Any], ingres
     config = effective.config
     name = config.model.served_names[0] if config.model.served_names else info.get("model", config.model.path)
     rows = [
-        ("Ready", f"{url}/v1   ({_through(ingress, config.gateway.replicas, config.engine.replicas)})"),
+        ("Ready", f"{url}/v1   ({_processes(ingress, config.gateway.replicas, config.engine.replicas, info)})"),
         ("Model", " · ".join([name, *_model_facts(info)])),
         ("Memory", " · ".join(_memory_facts(info)) or None),
         ("Set", ", ".join(changed_settings(effective)) or None),
@@ -60,9 +60,13 @@ def format_count(count: float) -> str:
     return f"{count:.3g}T"
 
 
-def _through(ingress: str, gateways: int, engines: int) -> str:
-    front = {"haproxy": "HAProxy", "proxy": "Serve's proxy"}.get(ingress, "the cluster's ingress")
-    return f"{front}, {_plural(gateways, 'gateway')}, {_plural(engines, 'engine')}"
+def _processes(ingress: str, gateways: int, engines: int, info: Mapping[str, Any]) -> str:
+    parts = [{"haproxy": "HAProxy", "proxy": "Serve's proxy"}.get(ingress, "the cluster's ingress")]
+    parts += [_plural(gateways, "gateway"), _plural(engines, "engine")]
+    if shards := info.get("expert_shards"):
+        copies = info.get("expert_copies", 1)
+        parts.append(_plural(shards, "expert shard") + (f" ({copies} copies)" if copies > 1 else ""))
+    return ", ".join(parts)
 
 
 def _plural(count: int, noun: str) -> str:

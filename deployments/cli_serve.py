@@ -17,6 +17,8 @@ def serve(
     port: o.Port = None,
     engines: o.Engines = None,
     gateways: o.Gateways = None,
+    expert_shards: o.ExpertShards = None,
+    expert_replicas: o.ExpertReplicas = None,
     dtype: o.Dtype = None,
     device: o.Device = None,
     threads: o.Threads = None,
@@ -36,6 +38,7 @@ def serve(
     \b
     herd serve
     herd serve ./Llama-4-Scout-17B-16E-Instruct --port 9000 --kv-memory 16GiB
+    herd serve ./Llama-4-Scout-17B-16E-Instruct --expert-shards 3 --expert-replicas 2
     herd serve maverick --load-format dummy --set engine.block_size=32
     """
     options = {
@@ -49,6 +52,8 @@ def serve(
         "engine.threads": threads,
         "engine.kv_memory": kv_memory,
         "engine.max_num_seqs": max_num_seqs,
+        "experts.shards": expert_shards,
+        "experts.replicas": expert_replicas,
         "gateway.replicas": gateways,
         "http.host": host,
         "http.port": port,

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from ..cluster.config import Bytes, EngineConfig
+from ..cluster.experts_config import ExpertsConfig
 from .config_values import nearest, value_from_text
 
 
@@ -61,6 +62,9 @@ class GatewayConfig(_Section):
     request_timeout_s: float | None = Field(
         default=600.0, gt=0, description="a slower request is answered 504 (none: never)"
     )
+    recovery_timeout_s: float = Field(
+        default=120.0, ge=0, description="how long requests of an engine that died wait for another one; then 503"
+    )
     max_n: int = Field(default=128, ge=1, description="largest n of one request")
     max_logprobs: int = Field(default=20, ge=0, description="largest top_logprobs of one request")
     log_requests: bool = Field(default=True, description="write one line per request to the gateway's log")
@@ -90,6 +94,7 @@ class HerdConfig(_Section):
 
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig.model_validate({})
+    experts: ExpertsConfig = ExpertsConfig.model_validate({})
     gateway: GatewayConfig = GatewayConfig()
     http: HttpConfig = HttpConfig()
     ray: RayConfig = RayConfig()

@@ -9,9 +9,8 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psutil
 import ray
 from ray import serve
 
@@ -20,9 +19,17 @@ from ..cluster.request import EngineRequest, FinishReason, StepOutput
 from ..cluster.token_link import GatewayLink, TokenStreamClient
 from ..model.sampling_params import SamplingParams
 from ..model.source import resolve_model
-from .config import cache_directory, parse_tree, progress_file
+from .config import HerdConfig, cache_directory, parse_tree, progress_file
+from .expert_plan import dtype_name, router_spec
 from .load_progress import LoadProgress
 from .replica_logging import log_with_serve
+from .threads import engine_threads, live_nodes, usable_cores
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..model.served_model import ServedModel
+    from .remote_experts import RemoteExperts
 
 logger = logging.getLogger("herd.engine")
 
@@ -43,11 +50,14 @@ class _Live:
 class Engine:
     """One replica: one model, one device, one engine thread. Arguments and results are plain values."""
 
-    def __init__(self, tree: Mapping[str, Any]) -> None:
+    def __init__(self, tree: Mapping[str, Any], shards: object = None) -> None:
+        """`tree`: the configuration, planned; `shards`: the deployment of expert shards, which it reaches by itself."""
+        del shards
         # Here, because the process that deploys imports this module too and has no need of torch.
         import torch
 
         from ..cluster.engine_builder import build_engine, choose, choose_device
+        from ..cluster.overlap import OverlapTuner
         from ..model.served_model import open_model
 
         config = parse_tree(tree)
@@ -59,11 +69,16 @@ class Engine:
         served = open_model(source)
         device = choose_device(config.engine.device)
         if device.type == "cpu":
-            torch.set_num_threads(config.engine.threads or _default_threads(config.engine.replicas))
-        dtype_name = served.config.dtype if config.model.dtype == "auto" else config.model.dtype
+            torch.set_num_threads(engine_threads(config, usable_cores(), live_nodes()))
         progress = LoadProgress(progress_file())
-        dtype = getattr(torch, dtype_name)
-        decoder = served.decoder(dtype=dtype, device=device, seed=config.model.seed, progress=progress)
+        dtype = getattr(torch, dtype_name(config, served.config))
+        self._id = serve.get_replica_context().replica_id.unique_id
+        self._node_id = ray.get_runtime_context().get_node_id()
+        remote = self._remote = self._follow_shards(config, served, dtype, device)
+        experts = None if remote is None else remote.backend
+        decoder = served.decoder(dtype=dtype, device=device, seed=config.model.seed, progress=progress, experts=experts)
+        if remote is not None:
+            remote.wait()  # before memory is shared out: shards may be on the same device
         plan = choose(decoder, config.engine, config.model.max_model_len)
         self._engine = build_engine(
             decoder,
@@ -73,6 +88,7 @@ class Engine:
             suppressed_ids=served.suppressed_ids,
             on_outputs=self._on_outputs,
             on_fault=self._on_fault,
+            overlap=None if remote is None else OverlapTuner(config.experts.micro_batches),
         )
         weights_bytes = served.config.num_parameters * decoder.dtype.itemsize
         self._info = {
@@ -84,13 +100,13 @@ class Engine:
             "kv_bytes": plan.kv_bytes,
             "kv_tokens": plan.layout.short_tokens,
             "max_model_len": self._engine.scheduler.max_num_tokens,
-            "dtype": dtype_name,
+            "dtype": str(dtype).removeprefix("torch."),
             "device": str(device),
             "threads": torch.get_num_threads(),
             "load_s": time.monotonic() - started,
         }
-        self._id = serve.get_replica_context().replica_id.unique_id
-        self._node_id = ray.get_runtime_context().get_node_id()
+        if remote is not None:
+            self._info |= {"expert_shards": config.experts.shards, "expert_copies": config.experts.replicas}
         self._live: dict[str, _Live] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._streams: TokenStreamClient | None = None
@@ -107,6 +123,9 @@ class Engine:
         spec = _engine_request(wire["request"], f"{link.id}-{wire['handle']}", time.monotonic())
         done: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._live[spec.id] = _Live(link, wire["handle"], done)
+        if self._engine.fault is not None:  # it ends what it finds in _live, and has done so
+            self._live.pop(spec.id, None)
+            raise EngineUnavailable(f"the engine stopped: {self._engine.fault}")
         self._engine.submit(spec)
         try:
             return await done
@@ -120,12 +139,35 @@ class Engine:
 
     async def stats(self) -> dict[str, Any]:
         """Counters and gauges of this replica."""
-        return asdict(self._engine.stats())
+        return self._stats()
 
     def check_health(self) -> None:
         """Raise once the engine thread has ended: Serve then replaces the replica."""
         if not self._engine.alive:
             raise EngineUnavailable(f"the engine thread has ended: {self._engine.fault!r}")
+
+    def _follow_shards(
+        self, config: HerdConfig, served: ServedModel, dtype: torch.dtype, device: torch.device
+    ) -> RemoteExperts | None:
+        """The way to the experts where they are in shards."""
+        if config.experts.mode != "shards":
+            return None
+        from ..cluster.transport import RowLayout
+        from .remote_experts import RemoteExperts
+
+        return RemoteExperts(
+            config,
+            router_spec(config, served.source, served.config),
+            RowLayout(served.config.hidden_size, dtype, device),
+            application=serve.get_replica_context().app_name,
+            engine_id=self._id,
+            node_id=self._node_id,
+        )
+
+    def _stats(self) -> dict[str, Any]:
+        """Any thread."""
+        experts = {} if self._remote is None else self._remote.stats()
+        return asdict(self._engine.stats()) | experts
 
     def _stream_client(self) -> TokenStreamClient:
         if self._streams is None:
@@ -138,7 +180,7 @@ class Engine:
         """Tell every connected gateway how this engine is doing, once a period."""
         assert self._streams is not None
         while True:
-            self._streams.send_stats(asdict(self._engine.stats()))
+            self._streams.send_stats(self._stats())
             await asyncio.sleep(_STATS_PERIOD_S)
 
     def _on_outputs(self, outputs: list[StepOutput]) -> None:
@@ -206,9 +248,3 @@ def _resolve(ended: list[tuple[_Live, dict[str, Any]]]) -> None:
     for live, end in ended:
         if not live.done.done():
             live.done.set_result(end)
-
-
-def _default_threads(replicas: int) -> int:
-    """Usable cores shared among the engines on this machine, leaving one for the gateway where there are several."""
-    cores = len(psutil.Process().cpu_affinity())
-    return max(1, (cores - 1) // replicas)

@@ -20,6 +20,7 @@ from ..cluster.errors import EngineFault, EngineUnavailable, HerdError, Overload
 from ..cluster.metrics import GatewayMetrics
 from ..cluster.token_stream import TokenStreamServer
 from .generation_stream import GenerationStream, Update
+from .journal import EngineLost, Journal
 
 log = logging.getLogger("herd.gateway")
 
@@ -29,11 +30,28 @@ INFO_TIMEOUT_S = 30.0
 
 
 @dataclass(slots=True, eq=False)
-class _Call:
-    """One choice at one engine."""
+class _Choice:
+    """One choice of an HTTP request, whatever engines it takes."""
 
     stream: GenerationStream
     index: int
+    journal: Journal
+    attempt: _Attempt | None = None
+    timer: asyncio.TimerHandle | None = None
+    """From an engine's loss to the next token: starts the next attempt, or ends the wait for what it brings."""
+
+    def set_timer(self, timer: asyncio.TimerHandle | None) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+        self.timer = timer
+
+
+@dataclass(slots=True, eq=False)
+class _Attempt:
+    """One choice at one engine. Its handle is its own, so that nothing of an earlier attempt is taken for it."""
+
+    handle: int
+    choice: _Choice
     engine_id: str | None = None
     """Known once the engine has sent something."""
     response: DeploymentResponse[Any] | DeploymentResponseGenerator[Any] | None = None
@@ -41,20 +59,31 @@ class _Call:
 
 
 class EngineClient:
-    """Submits generations and hands out their streams. All methods belong to the loop that `start` ran on."""
+    """Submits generations, again where an engine is lost, and hands out their streams. All methods belong to the loop
+    that `start` ran on."""
 
-    def __init__(self, handle: DeploymentHandle, metrics: GatewayMetrics, *, host: str, node_id: str) -> None:
+    def __init__(
+        self,
+        handle: DeploymentHandle,
+        metrics: GatewayMetrics,
+        *,
+        host: str,
+        node_id: str,
+        recovery_timeout_s: float,
+    ) -> None:
         """`handle`: the Engine deployment. `host`: this node's address as engines on other nodes reach it; `node_id`:
-        this node's name in Ray."""
+        this node's name in Ray. `recovery_timeout_s`: see `Journal`."""
         self._engines = handle
         self._metrics = metrics
         self._node_id = node_id
+        self._recovery_timeout_s = recovery_timeout_s
         self._server = TokenStreamServer(
             host=host, on_updates=self._on_updates, on_lost=self._on_lost, on_stats=metrics.engines.update
         )
         self._reply_to: dict[str, Any] = {}
         self._handles = itertools.count(1)
-        self._calls: dict[int, _Call] = {}
+        self._choices: set[_Choice] = set()
+        self._attempts: dict[int, _Attempt] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -64,24 +93,21 @@ class EngineClient:
 
     async def close(self) -> None:
         """Give up whatever still runs and stop listening."""
-        for handle in list(self._calls):
-            self._give_up(handle)
+        for choice in list(self._choices):
+            self._give_up(choice)
+            choice.stream.fail(choice.index, EngineUnavailable("the gateway is shutting down"))
         for task in list(self._tasks):
             task.cancel()
         await self._server.close()
 
     def submit(self, requests: Sequence[Mapping[str, Any]]) -> GenerationStream:
         """See `Engines.submit`."""
-        handles = [next(self._handles) for _ in requests]
-        stream = GenerationStream(len(requests), lambda index: self._give_up(handles[index]))
-        for index, (handle, request) in enumerate(zip(handles, requests, strict=True)):
-            self._calls[handle] = _Call(stream, index)
-            wire = {"handle": handle, "request": request, "reply_to": self._reply_to}
-            # An empty context, because Serve gives all calls made within one HTTP request the same internal id, and its
-            # router takes requests of equal id for one.
-            task = asyncio.get_running_loop().create_task(self._follow(handle, wire), context=contextvars.Context())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        choices: list[_Choice] = []
+        stream = GenerationStream(len(requests), lambda index: self._give_up(choices[index]))
+        for index, request in enumerate(requests):
+            choices.append(_Choice(stream, index, Journal(request, self._recovery_timeout_s)))
+            self._choices.add(choices[-1])
+            self._submit(choices[-1])
         return stream
 
     async def info(self) -> Mapping[str, Any]:
@@ -102,71 +128,127 @@ class EngineClient:
         except Exception as error:
             raise herd_error(error) from error
 
-    async def _follow(self, handle: int, wire: dict[str, Any]) -> None:
-        """Wait for the call to return. If it fails before the request's end has come over the stream, so does that."""
-        call = self._calls.get(handle)
-        if call is None:
+    def _submit(self, choice: _Choice) -> None:
+        """Ask an engine for what is missing of the choice."""
+        loop, journal = asyncio.get_running_loop(), choice.journal
+        patience_s = journal.patience_s
+        choice.set_timer(None if patience_s is None else loop.call_later(patience_s, self._despair, choice))
+        choice.attempt = attempt = _Attempt(next(self._handles), choice)
+        self._attempts[attempt.handle] = attempt
+        # An empty context, because Serve gives all calls made within one HTTP request the same internal id, and its
+        # router takes requests of equal id for one.
+        task = loop.create_task(self._follow(attempt), context=contextvars.Context())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _follow(self, attempt: _Attempt) -> None:
+        """Wait for the call to return. If it fails before the request's end has come over the stream, so does the
+        attempt."""
+        if attempt.handle not in self._attempts:
             return
+        journal = attempt.choice.journal
+        wire = {
+            "handle": attempt.handle,
+            "request": journal.next_request(),
+            "reply_to": self._reply_to,
+            "avoid": journal.lost_engines,
+        }
         try:
-            response = self._engines.generate.remote(wire)
-            call.response = response
-            await response
-        except asyncio.CancelledError:
-            self._fail(handle, EngineUnavailable("the gateway is shutting down"))
+            attempt.response = self._engines.generate.remote(wire)
+            await attempt.response
+        except asyncio.CancelledError:  # raised by Serve, too, for a call that was cancelled at the engine
+            self._lose(attempt, EngineUnavailable("the call to the engine was cancelled"))
             raise
-        except Exception as error:  # noqa: BLE001 - the edge to Ray: whatever the call raised becomes the stream's error
-            if handle in self._calls:
-                self._fail(handle, herd_error(error))
+        except Exception as error:  # noqa: BLE001 - the edge to Ray: whatever the call raised becomes the attempt's error
+            if attempt.handle in self._attempts:
+                self._lose(attempt, herd_error(error))
         else:
-            if handle in self._calls:
-                late = EngineUnavailable("the engine finished, but its last tokens never arrived")
-                call.grace = asyncio.get_running_loop().call_later(END_GRACE_S, self._fail, handle, late)
+            if attempt.handle in self._attempts:
+                late = EngineLost("the engine finished, but its last tokens never arrived")
+                attempt.grace = asyncio.get_running_loop().call_later(END_GRACE_S, self._lose, attempt, late)
         finally:
-            call.response = None
+            attempt.response = None
 
     def _on_updates(self, engine_id: str, updates: Sequence[Sequence[Any]]) -> None:
         forgotten = []
         for handle, token_ids, logprobs, end in updates:
-            call = self._calls.get(handle)
-            if call is None:
-                if end is None:
-                    forgotten.append(handle)
-                continue
-            call.engine_id = engine_id
-            if end is not None:
-                self._remove(handle)
-            call.stream.feed(Update(call.index, token_ids, logprobs, end))
-        if forgotten:  # given up before the engine was known
+            attempt = self._attempts.get(handle)
+            if attempt is not None:
+                attempt.engine_id = engine_id
+                self._take(attempt, token_ids, logprobs, end)
+            elif end is None:
+                forgotten.append(handle)
+        if forgotten:  # given up before the engine was known, or gone on with elsewhere
             self._server.abort(engine_id, forgotten)
+
+    def _take(self, attempt: _Attempt, token_ids: Sequence[int], logprobs: Any, end: dict[str, Any] | None) -> None:
+        choice, journal = attempt.choice, attempt.choice.journal
+        failure = None if end is None else journal.failure_of(end)
+        if failure is not None:
+            end = None
+        if token_ids or end is not None:
+            if choice.timer is not None:
+                choice.set_timer(None)
+                self._metrics.resumed_requests.inc()
+            journal.extend(token_ids)
+            if end is not None:
+                end = journal.whole(end)
+                self._remove(attempt)
+                self._choices.discard(choice)
+            choice.stream.feed(Update(choice.index, token_ids, logprobs, end))
+        if failure is not None:
+            self._lose(attempt, failure)
 
     def _on_lost(self, engine_id: str) -> None:
         """An engine's connection ended, and with it everything it was sending."""
         self._metrics.engines.forget(engine_id)
-        lost = [handle for handle, call in self._calls.items() if call.engine_id == engine_id]
+        lost = [attempt for attempt in self._attempts.values() if attempt.engine_id == engine_id]
         if lost:
             log.warning("lost the connection to engine %s with %d requests running", engine_id, len(lost))
-        for handle in lost:
-            self._fail(handle, EngineUnavailable("the connection to the engine was lost"))
+        for attempt in lost:
+            self._lose(attempt, EngineLost("the connection to the engine was lost"))
 
-    def _fail(self, handle: int, error: HerdError) -> None:
-        call = self._remove(handle)
-        if call is not None:
-            call.stream.fail(call.index, error)
-
-    def _give_up(self, handle: int) -> None:
-        """Nobody waits for this request any more: tell the engine, or if none has it yet, Serve."""
-        call = self._remove(handle)
-        if call is None:
+    def _lose(self, attempt: _Attempt, failure: HerdError) -> None:
+        """The attempt has come to nothing: try again, or end the choice."""
+        if not self._remove(attempt):
             return
-        told = call.engine_id is not None and self._server.abort(call.engine_id, [handle])
-        if not told and call.response is not None:
-            call.response.cancel()
+        choice = attempt.choice
+        try:
+            pause_s = choice.journal.pause_after(failure, attempt.engine_id)
+        except HerdError as error:
+            self._fail(choice, error)
+            return
+        if pause_s == 0:
+            self._submit(choice)
+        else:
+            choice.set_timer(asyncio.get_running_loop().call_later(pause_s, self._submit, choice))
 
-    def _remove(self, handle: int) -> _Call | None:
-        call = self._calls.pop(handle, None)
-        if call is not None and call.grace is not None:
-            call.grace.cancel()
-        return call
+    def _despair(self, choice: _Choice) -> None:
+        self._fail(choice, choice.journal.gave_up())
+
+    def _fail(self, choice: _Choice, error: HerdError) -> None:
+        self._give_up(choice)
+        choice.stream.fail(choice.index, error)
+
+    def _give_up(self, choice: _Choice) -> None:
+        """Nobody waits for this choice any more: tell the engine, or if none has it yet, Serve."""
+        self._choices.discard(choice)
+        choice.set_timer(None)
+        attempt = choice.attempt
+        if attempt is None or not self._remove(attempt):
+            return
+        told = attempt.engine_id is not None and self._server.abort(attempt.engine_id, [attempt.handle])
+        if not told and attempt.response is not None:
+            attempt.response.cancel()
+
+    def _remove(self, attempt: _Attempt) -> bool:
+        """Nothing more is expected of this attempt. False if that was so before."""
+        if self._attempts.pop(attempt.handle, None) is None:
+            return False
+        if attempt.grace is not None:
+            attempt.grace.cancel()
+        attempt.choice.attempt = None
+        return True
 
 
 def herd_error(error: BaseException) -> HerdError:
@@ -178,7 +260,7 @@ def herd_error(error: BaseException) -> HerdError:
     if isinstance(error, BackPressureError):
         return Overloaded("the engines have as many requests as they take; try again later")
     if isinstance(error, RayActorError) or isinstance(cause, RayActorError):
-        return EngineUnavailable("the engine died while it worked on the request")
+        return EngineLost("the engine died while it worked on the request")
     if isinstance(error, RayServeException | TaskCancelledError):
         return EngineUnavailable("no engine could take the request")
     log.error("a call to an engine failed", exc_info=error)

@@ -4,7 +4,7 @@ running in its process. Knows Serve's router interface; what it decides is `Pref
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ray.serve._private.common import ReplicaID
@@ -19,7 +19,8 @@ class EngineRouter(RequestRouter):
 
     The prompt is read from the call's own arguments (`generate(wire)`); calls without one go to the least loaded. Loads
     are counted here, at the moment of choice: Serve's own figures follow only once a request has been sent, by when a
-    burst would have gone to one engine."""
+    burst would have gone to one engine. Engines that the arguments name to `avoid` come last: a replica or its engine
+    thread may be dead before Serve knows."""
 
     def initialize_state(self, spill: int = 4) -> None:
         """`spill` is `request_router_kwargs`' only entry (see `PrefixAffinity`)."""
@@ -32,6 +33,7 @@ class EngineRouter(RequestRouter):
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         hashes = [] if pending_request is None else _hashes_of(pending_request)
         ranked = self._affinity.rank(hashes, by_name)
+        ranked.sort(key=_avoided_by(pending_request).__contains__)  # keeps the order of the others
         if pending_request is not None and ranked:
             pending_request.routing_context.should_backoff = True
             self._assign(pending_request, ranked[0], hashes)
@@ -67,9 +69,17 @@ class EngineRouter(RequestRouter):
         self._affinity.retain({replica_id.unique_id for replica_id in self.curr_replicas})
 
 
-def _hashes_of(request: PendingRequest) -> list[bytes]:
+def _wire_of(request: PendingRequest) -> Mapping[str, Any]:
     wire = request.args[0] if request.args else None
-    fields = wire.get("request") if isinstance(wire, Mapping) else None
+    return wire if isinstance(wire, Mapping) else {}
+
+
+def _avoided_by(request: PendingRequest | None) -> Collection[str]:
+    return () if request is None else _wire_of(request).get("avoid", ())
+
+
+def _hashes_of(request: PendingRequest) -> list[bytes]:
+    fields = _wire_of(request).get("request")
     if not isinstance(fields, Mapping) or "prompt_ids" not in fields:
         return []
     return prefix_hashes(fields["prompt_ids"], fields.get("cache_salt") or "")

@@ -21,9 +21,11 @@ from ..model.source import ModelSource, resolve_model
 from ..model.tokenizer import Tokenizer
 from .config import HerdConfig, ModelConfig, cache_directory, parse_tree
 from .engine_client import EngineClient
+from .expert_plan import router_spec
 from .http_app import build_http_app
 from .protocol import SamplingDefaults
 from .replica_logging import log_with_serve
+from .router_client import RouterClient
 from .service import Service
 
 log = logging.getLogger("herd.gateway")
@@ -45,8 +47,9 @@ class Gateway:
             metrics,
             host=ray.util.get_node_ip_address(),
             node_id=ray.get_runtime_context().get_node_id(),
+            recovery_timeout_s=config.gateway.recovery_timeout_s,
         )
-        self._service = open_service(config, self._client, metrics)
+        self._service = open_service(config, self._client, metrics, serve.get_replica_context().app_name)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         await self._client.start()
@@ -67,12 +70,15 @@ class NoChat:
         raise ChatError(self._reason, param="messages")
 
 
-def open_service(config: HerdConfig, client: EngineClient, metrics: GatewayMetrics) -> Service:
-    """Read the model's text side. Raises what `resolve_model` and `Tokenizer` raise."""
+def open_service(config: HerdConfig, client: EngineClient, metrics: GatewayMetrics, application: str) -> Service:
+    """Read the model's text side. `application`: the Serve application's name, by which its router is found. Raises
+    what `resolve_model` and `Tokenizer` raise."""
     model = config.model
     source = resolve_model(model.path, load_format=model.load_format, cache_dir=cache_directory(model))
     shape = parse_config(source.config_json, source.generation_json)
     directory = source.tokenizer_dir
+    has_router = config.experts.mode == "shards"
+    router = RouterClient(application, router_spec(config, source, shape)) if has_router else None
     tokenizer = byte_tokenizer(shape.vocab_size) if directory is None else Tokenizer.from_dir(directory)
     return Service(
         config.gateway,
@@ -84,6 +90,7 @@ def open_service(config: HerdConfig, client: EngineClient, metrics: GatewayMetri
         metrics=metrics,
         defaults=_sampling_defaults(source),
         returns_request_id=False,  # every ingress of Serve does
+        cluster_status=None if router is None else router.status,
     )
 
 

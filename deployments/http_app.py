@@ -102,6 +102,11 @@ def _add_probes(app: FastAPI, service: Service) -> None:
     async def version() -> Response:
         return _json({"version": VERSION})
 
+    @app.get("/herd/status")
+    async def cluster_status() -> Response:
+        """Expert map, shards, router and engines; answers also while the router is away."""
+        return _json(await service.cluster_status())
+
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(service.metrics.render(), media_type=CONTENT_TYPE)

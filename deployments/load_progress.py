@@ -1,5 +1,5 @@
-"""How far an engine replica is with loading its model, told to the log and, on one machine, to `herd serve` through a
-file. Knows neither who shows it nor what is loaded."""
+"""How far the processes that load a model are, told to the log and, on one machine, to `herd serve` through a file of
+each. Knows neither who shows it nor what is loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class LoadProgress:
     """Called with (stage, bytes done, bytes in all); cheap enough to be called for every tensor."""
 
     def __init__(self, path: Path | None) -> None:
-        self._path = path
+        """`path`: where `read_progress` looks; this process adds its id to the name."""
+        self._path = None if path is None else path.with_suffix(f".{os.getpid()}{path.suffix}")
         self._written_at = float("-inf")
         self._logged_share = 0.0
 
@@ -33,16 +34,14 @@ class LoadProgress:
         now = time.monotonic()
         if self._path is not None and (done >= total or now - self._written_at >= _WRITE_PERIOD_S):
             self._written_at = now
-            # Whole or not at all: several engines may write at once, and a reader may look at any moment.
-            draft = self._path.with_suffix(f".{os.getpid()}")
+            draft = self._path.with_suffix(".draft")  # whole or not at all: a reader may look at any moment
             draft.write_text(json.dumps([stage, done, total]), "utf-8")
             draft.replace(self._path)
 
 
 def read_progress(path: Path) -> tuple[str, int, int] | None:
-    """What was written last; None when nothing was."""
-    try:
-        stage, done, total = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
+    """What was written last by all processes together; None when nothing was."""
+    told = [json.loads(own.read_text("utf-8")) for own in path.parent.glob(f"{path.stem}.*{path.suffix}")]
+    if not told:
         return None
-    return stage, done, total
+    return told[0][0], sum(done for _, done, _ in told), sum(total for _, _, total in told)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import os
 import secrets
 import socket
@@ -28,6 +29,8 @@ APP_NAME = "herd"
 _LOOPBACK = "127.0.0.1"
 _INFO_TIMEOUT_S = 30.0
 _REACH_S = 5.0
+_SHARD_SLOTS = 8
+"""For shards whose number nobody gave; enough for 80."""
 _OBJECT_STORE_BYTES = 128 << 20  # requests and tokens do not travel through it
 _DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -36,6 +39,8 @@ _DEFAULTS = {
     # Ray's name for it; what it does is make the node's address 127.0.0.1, so that no port of Ray is on the network.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.5",
+    # A process that hangs has nothing to finish, and its replacement may need its GPU.
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
 }
 _REPLICA_DEFAULTS = {
     # One event loop per replica instead of three threads: 5.5 instead of 9.2 ms of CPU time per 128-token stream.
@@ -190,10 +195,11 @@ class LocalRay(RunningRay):
         given = process_environment()
         os.environ.update({name: value for name, value in _REPLICA_DEFAULTS.items() if name not in given})
         config = self.config
+        shard_slots = max(_SHARD_SLOTS, math.ceil((config.experts.shards or 0) * config.experts.cpus_per_shard))
         ray.init(
             address="local",
             # Slots, not cores: threads are set by engine.threads.
-            num_cpus=max(os.cpu_count() or 1, config.engine.replicas + config.gateway.replicas + 1),
+            num_cpus=max(os.cpu_count() or 1, config.engine.replicas + config.gateway.replicas + shard_slots + 1),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,

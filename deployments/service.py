@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
@@ -23,6 +23,8 @@ log = logging.getLogger("herd.gateway")
 READY_FOR_S = 1.0
 """How long an engine's answer counts as a sign of life."""
 PROBE_TIMEOUT_S = 2.0
+STATUS_TIMEOUT_S = 2.0
+"""How long the answer about the cluster waits for its router."""
 OFFLOAD_CHARACTERS = 20_000
 """Longer texts are tokenized in a thread, so that they do not stall other streams."""
 
@@ -44,9 +46,11 @@ class Service:
         metrics: GatewayMetrics,
         defaults: SamplingDefaults | None = None,
         returns_request_id: bool = True,
+        cluster_status: Callable[[], Awaitable[Mapping[str, Any]]] | None = None,
     ) -> None:
         """`vocab_size`: the model's; its tokenizer may know fewer ids. `returns_request_id`: put `x-request-id` into
-        answers; not where what stands before the gateway does it."""
+        answers; not where what stands before the gateway does it. `cluster_status`: asks the expert router, raises
+        HerdError; None where the engines hold the experts themselves."""
         if not served_names:
             raise ValueError("a gateway serves at least one model name")
         self.config = config
@@ -59,6 +63,8 @@ class Service:
         self.returns_request_id = returns_request_id
         self.created = int(time.time())
         self.vocab_size = vocab_size
+        self._ask_router = cluster_status
+        self._asked_router: asyncio.Future[Mapping[str, Any]] | None = None
         self._in_flight = 0
         self._limits: Limits | None = None
         self._info: Mapping[str, Any] = {}
@@ -117,6 +123,24 @@ class Service:
         asked = self._probe
         await asyncio.wait((asked,), timeout=PROBE_TIMEOUT_S)
         return asked.done() and time.monotonic() - self._answered_at < READY_FOR_S
+
+    async def cluster_status(self) -> dict[str, Any]:
+        """What the router says of the cluster, with the engines' figures as this gateway heard them. A router that is
+        away is null, and `router_error` says why."""
+        own = {"name": self.served_names[0], "engine_stats": self.metrics.engines.latest()}
+        if self._ask_router is None:
+            return {"mode": "local"} | own
+        if self._asked_router is None or self._asked_router.done():  # one call at a time, however many want to know
+            self._asked_router = asyncio.ensure_future(self._ask_router())
+        asked = self._asked_router
+        await asyncio.wait((asked,), timeout=STATUS_TIMEOUT_S)
+        try:
+            known = asked.result()
+        except asyncio.InvalidStateError:
+            known = {"router": None, "router_error": f"no answer within {STATUS_TIMEOUT_S:.0f} s"}
+        except HerdError as error:
+            known = {"router": None, "router_error": error.message}
+        return {"mode": "shards"} | own | dict(known)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -221,7 +221,12 @@ class FakeGateway:
 
 @asynccontextmanager
 async def gateway(
-    script: Script | None = None, *, ready: bool = True, defaults: SamplingDefaults | None = None, **config: Any
+    script: Script | None = None,
+    *,
+    ready: bool = True,
+    defaults: SamplingDefaults | None = None,
+    cluster_status: Callable[[], Awaitable[Mapping[str, Any]]] | None = None,
+    **config: Any,
 ) -> AsyncIterator[FakeGateway]:
     engines = FakeEngines(script or saying("Hello, wörld!"))
     engines.answers = ready
@@ -234,6 +239,7 @@ async def gateway(
         engines=engines,
         metrics=GatewayMetrics(),
         defaults=defaults,
+        cluster_status=cluster_status,
     )
     async with service.running():
         assert await service.probe() == ready

@@ -9,7 +9,7 @@ import pytest
 from herd.deployments.banner import base_url, curl_line, format_count, ready_banner
 from herd.deployments.config import HttpConfig, load_config
 
-INFO = {
+INFO: dict[str, object] = {
     "model": "pocket",
     "parameters": 273_900_000,
     "weights_bytes": 547_800_000,
@@ -46,6 +46,14 @@ def test_the_banner_is_short_and_says_what_matters() -> None:
     ):
         assert part in text
     assert "Warning" not in text
+
+
+def test_expert_shards_are_counted_where_there_are_some() -> None:
+    assert "expert shard" not in banner()[0]
+    assert banner(info=INFO | {"expert_shards": 3, "expert_copies": 2})[0].endswith(
+        "1 gateway, 1 engine, 3 expert shards (2 copies))"
+    )
+    assert banner(info=INFO | {"expert_shards": 1, "expert_copies": 1})[0].endswith("1 engine, 1 expert shard)")
 
 
 def test_facts_that_are_not_known_are_left_out() -> None:

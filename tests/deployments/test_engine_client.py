@@ -1,94 +1,16 @@
 import asyncio
-from contextlib import asynccontextmanager
-from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
 from herd.cluster.errors import EngineFault, EngineUnavailable, HerdError, Overloaded
-from herd.cluster.metrics import GatewayMetrics
-from herd.cluster.token_link import GatewayLink, TokenStreamClient
+from herd.cluster.token_link import TokenStreamClient
 from herd.deployments import engine_client
-from herd.deployments.engine_client import EngineClient, herd_error
+from herd.deployments.engine_client import herd_error
+from herd.deployments.journal import EngineLost
 
-END = {"finish_reason": "stop", "num_cached_tokens": 0, "num_output_tokens": 2}
-
-
-class FakeResponse:
-    """A Serve response: awaited for its result, cancelled from outside."""
-
-    def __init__(self) -> None:
-        self.result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-
-    def __await__(self):
-        return self.result.__await__()
-
-    def cancel(self) -> None:
-        if not self.result.done():
-            self.result.set_exception(RequestCancelledError("x"))
-
-
-class FakeHandle:
-    """A Serve handle whose calls the test answers."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[dict[str, Any], FakeResponse]] = []
-        self.fail: Exception | None = None
-        self.generate = self.info = self
-
-    def remote(self, *args: Any) -> FakeResponse:
-        if self.fail is not None:
-            raise self.fail
-        self.calls.append((args[0] if args else {}, FakeResponse()))
-        return self.calls[-1][1]
-
-
-class Setup:
-    def __init__(self, client: EngineClient, handle: FakeHandle, metrics: GatewayMetrics) -> None:
-        self.client, self.handle, self.metrics = client, handle, metrics
-        self.aborted: list[int] = []
-        self.engine = TokenStreamClient(
-            engine_id="e1", on_abort=lambda _, handles: self.aborted.extend(handles), on_lost=lambda _: None
-        )
-
-    async def called(self, count: int = 1) -> list[dict[str, Any]]:
-        await until(lambda: len(self.handle.calls) >= count)
-        return [wire for wire, _ in self.handle.calls]
-
-    async def link(self) -> GatewayLink:
-        (wire, *_) = await self.called()
-        return await self.engine.link(wire["reply_to"], "node")
-
-
-async def until(true) -> None:
-    async with asyncio.timeout(5):
-        while not true():
-            await asyncio.sleep(0.001)
-
-
-@asynccontextmanager
-async def setup():
-    handle, metrics = FakeHandle(), GatewayMetrics()
-    client = EngineClient(handle, metrics, host="127.0.0.1", node_id="node")  # pyright: ignore[reportArgumentType]
-    await client.start()
-    s = Setup(client, handle, metrics)
-    try:
-        yield s
-    finally:
-        s.engine.close()
-        await client.close()
-
-
-async def collect(stream, count: int) -> list:
-    """Updates until `count` choices have ended."""
-    got, ended = [], 0
-    async with asyncio.timeout(5):
-        while ended < count:
-            for update in await stream.updates():
-                got.append(tuple(update))
-                ended += update.end is not None
-    return got
+from .client_setup import END, collect, setup, until
 
 
 async def test_tokens_come_over_the_token_stream_and_the_call_just_ends():
@@ -119,8 +41,8 @@ async def test_tokens_come_over_the_token_stream_and_the_call_just_ends():
         (ValueError("?"), EngineFault),
     ],
 )
-async def test_a_call_that_fails_fails_the_stream(raised, expected):
-    async with setup() as s:
+async def test_a_call_that_fails_without_time_to_recover_fails_the_stream(raised, expected):
+    async with setup(recovery_timeout_s=0) as s:
         stream = s.client.submit([{"id": "a"}])
         await s.called()
         s.handle.calls[0][1].result.set_exception(raised)
@@ -141,12 +63,12 @@ def test_errors_of_ours_are_found_inside_rays():
     found = herd_error(wrapped)
     assert type(found) is Overloaded
     assert found.retry_after_s == 3
-    assert type(herd_error(RayTaskError("f", "trace", ActorDiedError()))) is EngineUnavailable
+    assert type(herd_error(RayTaskError("f", "trace", ActorDiedError()))) is EngineLost
 
 
 async def test_a_stream_whose_end_never_comes_fails_after_a_grace(monkeypatch):
     monkeypatch.setattr(engine_client, "END_GRACE_S", 0.01)
-    async with setup() as s:
+    async with setup(recovery_timeout_s=0) as s:
         stream = s.client.submit([{"id": "a"}])
         await s.called()
         s.handle.calls[0][1].result.set_result(END)
@@ -159,14 +81,14 @@ async def test_an_end_that_comes_before_the_call_returns_is_enough():
         stream = s.client.submit([{"id": "a"}])
         (wire,) = await s.called()
         (await s.link()).send_updates([[wire["handle"], [1], None, END]])
-        assert await collect(stream, 1) == [(0, [1], None, END)]
+        assert await collect(stream, 1) == [(0, [1], None, END | {"num_output_tokens": 1})]
         s.handle.calls[0][1].result.set_exception(ActorDiedError())
         await asyncio.sleep(0)
         stream.close()
 
 
 async def test_what_had_arrived_is_handed_out_before_the_error():
-    async with setup() as s:
+    async with setup(recovery_timeout_s=0) as s:
         stream = s.client.submit([{"id": "a"}])
         (wire,) = await s.called()
         (await s.link()).send_updates([[wire["handle"], [1], None, None]])
@@ -177,7 +99,7 @@ async def test_what_had_arrived_is_handed_out_before_the_error():
 
 
 async def test_a_lost_engine_fails_its_own_streams_only():
-    async with setup() as s:
+    async with setup(recovery_timeout_s=0) as s:
         mine, other = s.client.submit([{"id": "a"}]), s.client.submit([{"id": "b"}])
         first, second = await s.called(2)
         (await s.link()).send_updates([[first["handle"], [1], None, None]])

@@ -44,6 +44,23 @@ def test_a_dead_thread_is_not(replica: Any) -> None:
         replica.check_health()
 
 
+async def test_a_request_that_comes_after_the_thread_has_ended_is_refused(
+    replica: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Streams:
+        async def link(self, reply_to: Any, node_id: str) -> Any:
+            return type("Link", (), {"id": 1})()
+
+    replica._engine.fault = MemoryError("no page left")
+    replica._node_id = "node"
+    monkeypatch.setattr(replica, "_stream_client", Streams)
+    request = {"prompt_ids": [1], "sampling": {"max_tokens": 1}}
+    async with asyncio.timeout(5):
+        with pytest.raises(EngineUnavailable, match="no page left"):
+            await replica.generate({"reply_to": {}, "handle": 1, "request": request})
+    assert not replica._live
+
+
 async def test_every_request_learns_of_a_dying_thread(replica: Any) -> None:
     """Over its stream and as the result of its pending call."""
     loop = asyncio.get_running_loop()

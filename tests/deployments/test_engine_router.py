@@ -1,4 +1,5 @@
 import asyncio
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +17,11 @@ def replica(name: str) -> Any:
     return SimpleNamespace(replica_id=ReplicaID(name, ENGINE))
 
 
-def pending(number: int, prompt_ids: list[int] | None = None, salt: str = "") -> PendingRequest:
-    wire = {"handle": number, "request": {"prompt_ids": prompt_ids, "cache_salt": salt}, "reply_to": {}}
+def pending(
+    number: int, prompt_ids: list[int] | None = None, salt: str = "", avoid: Sequence[str] = ()
+) -> PendingRequest:
+    request = {"prompt_ids": prompt_ids, "cache_salt": salt}
+    wire = {"handle": number, "request": request, "reply_to": {}, "avoid": avoid}
     args = [] if prompt_ids is None else [wire]
     metadata = RequestMetadata(request_id=str(number), internal_request_id=str(number))
     return PendingRequest(args=args, kwargs={}, metadata=metadata)
@@ -51,6 +55,16 @@ async def test_simultaneous_requests_spread_although_none_has_been_sent(router):
     picks = [(await choose(router, pending(number, PROMPT)))[0] for number in range(24)]
     counts = [picks.count(name) for name in "abc"]
     assert max(counts) - min(counts) <= 3, "spill and the one that goes over it"
+
+
+async def test_who_lost_an_engine_is_sent_there_only_for_want_of_another(router):
+    first, second, third = await choose(router, pending(1, PROMPT))
+    again = pending(2, PROMPT, avoid=[first, third])
+    ranked = await choose(router, again)
+    assert ranked[0] == second
+    assert sorted(ranked[1:]) == sorted([first, third])
+    assert router._affinity.replica_of("2") == second
+    assert await choose(router, pending(3, PROMPT, avoid=["a"]), "a") == ["a"]
 
 
 async def test_calls_without_a_prompt_go_to_the_least_loaded(router):

@@ -1,4 +1,4 @@
-"""What an engine tells of its loading, and what `herd serve` reads of it."""
+"""What engines and shards tell of their loading, and what `herd serve` reads of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ def test_the_end_is_always_told(tmp_path: Path) -> None:
     for done in range(1001):
         progress("weights", done, 1000)
     assert read_progress(path) == ("weights", 1000, 1000)
-    assert list(tmp_path.iterdir()) == [path]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_several_processes_are_added_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "p.json"
+    for pid, done in ((1, 100), (2, 300)):
+        monkeypatch.setattr("os.getpid", lambda pid=pid: pid)
+        LoadProgress(path)("weights", done, 1000)
+    assert read_progress(path) == ("weights", 400, 2000)
 
 
 def test_the_log_hears_of_every_tenth(caplog: pytest.LogCaptureFixture) -> None:
