@@ -1,0 +1,47 @@
+"""Two engines, three expert shards, two copies of each expert: process after process is killed under 32 streams."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .conftest import Cost, Herd, serve
+from .victims import end
+
+pytestmark = pytest.mark.chaos
+
+
+@pytest.fixture(scope="module")
+def herd(model_folder: Path, costs: list[Cost]) -> Iterator[Herd]:
+    yield from serve(model_folder, costs, shards=3, copies=2, engines=2)
+
+
+def test_a_shard_with_copies(herd: Herd) -> None:
+    herd.survive("a shard whose experts have copies", herd.kill("shard"))
+
+
+def test_two_shards_at_once(herd: Herd) -> None:
+    """Some experts lose both copies and are waited for."""
+    herd.survive("two of three shards at once", herd.kill("shard", 2))
+
+
+def test_a_hung_shard_with_copies(herd: Herd) -> None:
+    herd.survive("a hung shard whose experts have copies", lambda: end(herd.pids("shard")[:1], signal.SIGSTOP))
+
+
+def test_the_router(herd: Herd) -> None:
+    epoch = herd.status()["epoch"]
+    herd.survive("the router", herd.kill("router"))
+    herd.settle()
+    assert herd.status()["epoch"] >= epoch
+
+
+def test_one_of_two_engines(herd: Herd) -> None:
+    herd.survive("one of two engines", herd.kill("engine"))
+
+
+def test_the_controller(herd: Herd) -> None:
+    herd.survive("Serve's controller", herd.kill("controller"))
