@@ -7,7 +7,7 @@ from collections import defaultdict
 import psutil
 
 ROLES = {"ServeReplica:herd:Gateway": "gateway", "haproxy -db": "ingress", "HTTPProxyActor": "ingress"}
-ROLES |= {"ProxyActor": "ingress", "ServeReplica:herd:Engine": "engine"}
+ROLES |= {"ProxyActor": "ingress", "ServeReplica:herd:Engine": "engine", "ServeReplica:herd:ExpertShard": "shards"}
 OTHER = "ray"
 
 

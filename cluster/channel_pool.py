@@ -32,7 +32,7 @@ class _Target:
 class ChannelPool:
     """Callbacks run on the pool's thread. `on_channel(shard_id, channel)`: a new connection, now the receiver's to
     close. `on_failed(shard_id, reason)`: a shard of the map broke off, or cannot be reached; it is tried again as long
-    as it is in the map."""
+    as it is in the map. Whatever else connecting or a callback raises is logged, and counts as a shard out of reach."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class ChannelPool:
                 lost, self._lost = self._lost, []
                 due, map_ = self._due(), self._map
             for shard_id, reason in lost:
-                self._on_failed(shard_id, reason)
+                self._report(shard_id, reason)
             if due is not None and map_ is not None:
                 self._try(due, map_)
 
@@ -106,19 +106,36 @@ class ChannelPool:
     def _try(self, target: _Target, map_: ExpertMap) -> None:
         shard_id = target.endpoint.shard_id
         try:
-            channel = self._connect(target.endpoint, map_)
-        except PeerLost as error:
+            self._hand_over(target, self._connect(target.endpoint, map_))
+        except Exception as error:  # the edge of the thread: one shard's trouble must not cut off the others
             with self._changed:
+                target.connected = False
                 target.retry_at = self._clock() + target.delay_s
                 target.delay_s = min(2 * target.delay_s, _LONGEST_DELAY_S)
             if isinstance(error, HandshakeRefused):
                 logger.warning("shard %s refused this engine: %s", shard_id, error)
-            self._on_failed(shard_id, str(error))
-            return
+            elif not isinstance(error, PeerLost):
+                logger.exception("connecting to shard %s failed", shard_id)
+            self._report(shard_id, str(error))
+
+    def _hand_over(self, target: _Target, channel: Channel) -> None:
+        shard_id = target.endpoint.shard_id
         with self._changed:
             wanted = self._targets.get(shard_id) is target and not self._closing
-            target.connected, target.delay_s = True, _FIRST_DELAY_S
-        if wanted:
-            self._on_channel(shard_id, channel)
-        else:
+            target.connected = True
+        if not wanted:
             channel.close()
+            return
+        try:
+            self._on_channel(shard_id, channel)
+        except Exception:
+            channel.close()
+            raise
+        with self._changed:
+            target.delay_s = _FIRST_DELAY_S
+
+    def _report(self, shard_id: str, reason: str) -> None:
+        try:
+            self._on_failed(shard_id, reason)
+        except Exception:  # the edge of the thread, as above
+            logger.exception("nobody could be told that shard %s is out of reach", shard_id)

@@ -35,11 +35,13 @@ class CudaSlots:
     def open(cls, handle: list[Any], layout: RowLayout, max_rows: int, max_calls: int) -> CudaSlots:
         """A peer's memory, mapped into this process. Raises `HandshakeRefused` where CUDA cannot."""
         size = slot_bytes(layout, max_rows) * max_calls
+        if layout.device.type != "cuda":
+            raise HandshakeRefused("this end has no GPU", "slots")
         if tuple(map(type, handle)) != _HANDLE_TYPES or handle[1] != size:
             raise HandshakeRefused("the GPU memory has another size", "slots")
-        # The two processes may number GPUs differently.
-        device = torch.cuda.current_device() if layout.device.index is None else layout.device.index
         try:
+            # The two processes may number GPUs differently.
+            device = torch.cuda.current_device() if layout.device.index is None else layout.device.index
             storage = torch.UntypedStorage._new_shared_cuda(device, *handle)
         except RuntimeError as error:
             raise HandshakeRefused(f"the GPU memory cannot be mapped: {error}", "slots") from error

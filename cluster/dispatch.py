@@ -13,7 +13,7 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,11 +21,12 @@ from torch import Tensor
 from ..model.experts import ExpertsUnavailable
 from .channel_pool import Connect
 from .dispatch_counters import DispatchCounters
-from .dispatch_link import Flight, Link, Part, Pending, Span, split_spans
+from .dispatch_link import Flight, Link, Part, Pending, Span
 from .errors import ExpertUnavailable
 from .expert_frames import Kind
 from .expert_map import Expert, ExpertMap
 from .experts_config import ExpertsConfig
+from .row_split import choose_links, split_spans
 from .shard_links import ShardLinks
 from .transport import Call, PeerLost, Reply
 
@@ -123,7 +124,7 @@ class Dispatcher:
                     raise ExpertsUnavailable("the engine is stopping", range(pending.rows_ND.shape[0]))
                 if pending.homeless:
                     self._give_up_expired(pending)
-                self._wait(_LONGEST_WAIT_S)
+                self._wait(_LONGEST_WAIT_S, pending)
         finally:
             self._finish(pending)
             self._counters.wait_s += self._clock() - began
@@ -134,88 +135,80 @@ class Dispatcher:
         for pending in list(self._pendings):
             self._finish(pending)
 
+    def refresh(self) -> None:
+        """See `ExpertBackend.refresh`: connections that broke are let go of, new ones taken up."""
+        self._wait(0.0)
+
     def _finish(self, pending: Pending) -> None:
         pending.over = True
         self._pendings.discard(pending)
 
     # --- sending
 
-    def _assign(
-        self, pending: Pending, spans: list[Span], avoid: Collection[str] = (), last: Part | None = None
-    ) -> None:
+    def _assign(self, pending: Pending, spans: Sequence[Span], like: Part | None = None) -> list[Part]:
         """Send spans to the shards with the shortest queues, longest span first; those without a shard wait in
-        `pending.homeless`. `last`: the part they were in before."""
-        hosts, layer = self._links.hosts, pending.layer
-        chosen: dict[Link, list[Span]] = {}
-        extra: dict[Link, int] = {}
-        for span in sorted(spans, key=_length, reverse=True):
-            links = hosts[layer, span.expert]
-            if len(links) > 1:
-                allowed = [link for link in links if link.shard_id not in avoid] or links
-                link = min(allowed, key=lambda link: link.order(extra.get(link, 0)))
-            elif links:
-                link = links[0]
-            else:
-                pending.homeless.append(span)
-                continue
-            chosen.setdefault(link, []).append(span)
-            extra[link] = extra.get(link, 0) + _length(span)
+        `pending.homeless`. `like`: the part that they were in before, which says what was tried. Returns the parts."""
+        tried = like.tried if like is not None else frozenset()
+        chosen, homeless = choose_links(self._links.hosts, pending.layer, spans, tried)
+        pending.homeless += homeless
+        parts = []
         for link, mine in chosen.items():
-            mine.sort(key=_start)
             for piece in split_spans(mine, link.channel.max_rows):
-                part = Part(pending, piece, sum(map(_length, piece)))
-                if last is not None:
-                    part.attempt, part.failures = last.attempt + 1, last.failures
+                part = Part(pending, piece, sum(span.num_rows for span in piece), tried=tried)
+                if like is not None:
+                    part.attempt, part.failures = like.attempt + 1, like.failures
+                parts.append(part)
                 self._send(link, part)
+        return parts
 
-    def _send(self, link: Link, part: Part, hedge: bool = False) -> None:
+    def _send(self, link: Link, part: Part) -> None:
         """Put a part on its way, or in line behind the calls under way."""
         if link not in self._links:  # broke a moment ago, under another part of the same layer
-            self._assign(part.pending, part.spans, last=part)
+            self._send_again(part)
             return
-        part.flights += 1
-        part.tried.add(link.shard_id)
+        part.tried |= {link.shard_id}
         link.rows_out += part.num_rows
         if len(link.flights) >= link.channel.max_calls:
-            link.backlog.append((part, hedge))
+            link.backlog.append(part)
         else:
-            self._submit(link, part, hedge)
+            self._submit(link, part)
 
-    def _submit(self, link: Link, part: Part, hedge: bool) -> None:
+    def _submit(self, link: Link, part: Part) -> None:
         config, now, call_id, ranges = self._config, self._clock(), next(self._call_ids), part.ranges
-        late_s = config.call_timeout_s
-        look_s = late_s if hedge or config.hedge_after_s is None else min(late_s, config.hedge_after_s)
-        link.flights[call_id] = Flight(part, link, ranges, now, now + look_s, hedge)
+        # What was late once may be a slow cluster: the more often, the more patience.
+        late_s = config.call_timeout_s * 2 ** min(part.attempt, 8)
+        look_s = late_s if config.hedge_after_s is None else min(late_s, config.hedge_after_s)
+        link.flights[call_id] = Flight(part, ranges, self.epoch, now, now + look_s)
         # Where nobody else can take over, a shard shall rather be late than give up.
-        patience_s = late_s * 2 ** min(part.attempt, 8) if self._others(link, part) else config.recovery_timeout_s
+        timeout_s = late_s if self._elsewhere(part) else max(late_s, config.recovery_timeout_s)
         self._counters.calls += 1
         self._counters.rows += part.num_rows
-        pending, epoch, timeout_s = part.pending, self.epoch, max(patience_s, late_s)
+        pending = part.pending
+        call = Call(call_id, self.epoch, pending.layer, timeout_s, part.groups, pending.rows_ND, ranges)
         try:
-            link.channel.submit(Call(call_id, epoch, pending.layer, timeout_s, part.groups, pending.rows_ND, ranges))
+            link.channel.submit(call)
         except PeerLost as error:
             self._lose(link, str(error))
             return
         self._links.watch_writing(link)
 
-    def _others(self, link: Link, part: Part) -> list[Link]:
-        """Shards other than `link` that host all of a part and have not been tried with it."""
-        layer, hosts = part.pending.layer, self._links.hosts
+    def _elsewhere(self, part: Part) -> list[Span]:
+        """Spans of a part that some shard hosts that was not asked for them yet."""
+        hosts, layer = self._links.hosts, part.pending.layer
         return [
-            other
-            for other in hosts[layer, part.spans[0].expert]
-            if other is not link
-            and other.shard_id not in part.tried
-            and all(other in hosts[layer, span.expert] for span in part.spans)
+            span
+            for span in part.spans_left
+            if any(link.shard_id not in part.tried for link in hosts[layer, span.expert])
         ]
 
     # --- waiting
 
-    def _wait(self, longest_s: float) -> None:
-        """Take what has arrived, waiting for it no longer than `longest_s` or until something is late."""
-        timeout_s = min(longest_s, max(0.0, self._next_check() - self._clock()))
+    def _wait(self, longest_s: float, pending: Pending | None = None) -> None:
+        """Take what has arrived, waiting for it no longer than `longest_s` or until something is late. `pending`: whose
+        experts' absence counts."""
+        timeout_s = min(longest_s, max(0.0, self._next_check(pending) - self._clock()))
         woken, events = self._links.ready(timeout_s)
-        if woken:
+        if woken or self._links.has_news:
             self._take_news()
         for link, mask in events:
             if link in self._links:
@@ -236,41 +229,43 @@ class Dispatcher:
             if link in self._links:
                 self._take(link, reply)
         while link.backlog and len(link.flights) < channel.max_calls and link in self._links:
-            part, hedge = link.backlog.popleft()
+            part = link.backlog.popleft()
             if part.is_over:
-                self._land(link, part)
+                link.rows_out -= part.num_rows
             else:
-                self._submit(link, part, hedge)
+                self._submit(link, part)
         if link.retired and not link.flights and link in self._links:
             self._links.drop(link)
 
     def _take(self, link: Link, reply: Reply) -> None:
         flight = link.flights.pop(reply.call_id, None)
-        link.suspect, link.load = False, reply.load
         if flight is None:
             link.channel.drop(reply)
             return
         part, pending = flight.part, flight.part.pending
-        self._land(link, part)
+        link.rows_out -= part.num_rows
+        link.load = reply.load
+        link.suspect = reply.kind is Kind.ERROR
         if part.is_over or reply.kind is not Kind.RESULT:
             link.channel.drop(reply)
             if not part.is_over:
-                self._refused(link, part, reply)
+                self._refused(link, flight, reply)
             return
         link.channel.take(reply, pending.out_ND, flight.ranges)
-        part.done = True
-        pending.rows_left -= part.num_rows
-        self._counters.hedge_wins += flight.hedge
+        pending.complete(part)
+        self._counters.hedge_wins += part.is_hedge
 
-    def _refused(self, link: Link, part: Part, reply: Reply) -> None:
+    def _refused(self, link: Link, flight: Flight, reply: Reply) -> None:
         """A shard answered without computing: try elsewhere, or there again."""
+        part = flight.part
         if reply.kind is Kind.STALE_MAP:
             self._counters.stale += 1
-            link.refused.update((part.pending.layer, span.expert) for span in part.spans)
-            self._links.find_hosts()
+            if flight.epoch == self.epoch:  # else it speaks of a map that is no longer ours
+                link.refused.update((part.pending.layer, span.expert) for span in part.spans)
+                self._links.find_hosts()
         elif reply.kind is Kind.BUSY:
             self._counters.busy += 1
-            if not self._others(link, part):
+            if len(self._elsewhere(part)) < len(part.spans_left):
                 self._resting.append((self._clock() + _BUSY_PAUSE_S, part))
                 return
         else:
@@ -282,35 +277,32 @@ class Dispatcher:
                 return
         self._send_again(part)
 
-    def _land(self, link: Link, part: Part) -> None:
-        """A sending of `part` to `link` is over, one way or another."""
-        part.flights -= 1
-        link.rows_out -= part.num_rows
-
     def _send_again(self, part: Part) -> None:
         """Give a part that no shard works on any more to others, if there are any."""
-        if part.is_over or part.flights:
+        if part.is_over:
             return
-        part.done = True  # its spans live on in new parts
-        self._counters.retries += 1
-        self._assign(part.pending, part.spans, part.tried, last=part)
+        spans = part.spans_left
+        part.done = True  # its spans live on in other parts
+        if spans:
+            self._counters.retries += 1
+            self._assign(part.pending, spans, part)
 
     # --- failures
-
-    def _next_check(self) -> float:
-        """When something may be late, rested or given up."""
-        times = [flight.check_at for link in self._links for flight in link.flights.values()]
-        times += [at for at, _ in self._resting]
-        since, patience_s = self.missing_since, self._config.recovery_timeout_s
-        for pending in self._pendings:
-            keys = ((pending.layer, span.expert) for span in pending.homeless)
-            times += [since[key] + patience_s for key in keys if key in since]
-        return min(times, default=float("inf"))
 
     @property
     def missing_since(self) -> dict[Expert, float]:
         """Experts that no connected shard hosts, and since when."""
         return self._links.missing_since
+
+    def _next_check(self, pending: Pending | None) -> float:
+        """When something may be late, rested or given up."""
+        times = [flight.check_at for link in self._links for flight in link.flights.values()]
+        times += [at for at, _ in self._resting]
+        if pending is not None:
+            since, patience_s = self.missing_since, self._config.recovery_timeout_s
+            keys = ((pending.layer, span.expert) for span in pending.homeless)
+            times += [since[key] + patience_s for key in keys if key in since]
+        return min(times, default=float("inf"))
 
     def _check_times(self) -> None:
         """See to calls that are late and to parts that have rested."""
@@ -324,38 +316,53 @@ class Dispatcher:
 
     def _look_after(self, link: Link, flight: Flight, now: float) -> None:
         config, part = self._config, flight.part
-        age_s = now - flight.sent_at
-        late = age_s >= config.call_timeout_s
-        flight.check_at = (now if late else flight.sent_at) + config.call_timeout_s
+        age_s, late_s = now - flight.sent_at, config.call_timeout_s * 2 ** min(part.attempt, 8)
+        late = age_s >= late_s
+        flight.check_at = now + config.call_timeout_s if late else flight.sent_at + late_s
         if late and not link.suspect:
             link.suspect = True
             self._counters.late += 1
-        if age_s >= config.recovery_timeout_s + config.call_timeout_s:
-            self._lose(link, f"no answer for {age_s:.0f} s")
-            return
-        if part.is_over:
-            return
-        others = self._others(link, part)
-        if others and (late or self._may_hedge()):
-            self._counters.hedges += not late
-            self._counters.retries += late
-            self._send(min(others, key=lambda other: other.order(0)), part, hedge=not late)
-        elif late and link.retired and part.flights == 1:
-            # The router gave it up, too: let its experts count as missing, and wait for whoever replaces it.
-            self._lose(link, "late, and no longer in the map")
+            self._empty_backlog(link)
+        if late and (link.retired or age_s >= config.recovery_timeout_s + late_s):
+            # Nobody expects it back: let its experts count as missing since then, and wait for whoever replaces it.
+            self._lose(link, f"no answer for {age_s:.1f} s", since=flight.sent_at)
+        elif not part.is_over and (late or self._may_hedge()):
+            spans = self._elsewhere(part)
+            if spans:
+                self._repeat(part, spans, hedge=not late)
+
+    def _repeat(self, part: Part, spans: Sequence[Span], hedge: bool) -> None:
+        """Have some of a late part's rows computed elsewhere as well; whoever answers first counts."""
+        self._counters.hedges += hedge
+        self._counters.retries += not hedge
+        part.pending.repeat()
+        part.repeated |= frozenset(spans)
+        for repeat in self._assign(part.pending, spans, part):
+            repeat.is_hedge = hedge
+
+    def _empty_backlog(self, link: Link) -> None:
+        """What waits behind a late call need not."""
+        parts = list(link.backlog)
+        link.backlog.clear()
+        for part in parts:
+            link.rows_out -= part.num_rows
+            self._send_again(part)
 
     def _may_hedge(self) -> bool:
         return self._counters.hedges < self._config.hedge_share * self._counters.calls
 
-    def _lose(self, link: Link, reason: str) -> None:
+    def _lose(self, link: Link, reason: str, since: float | None = None) -> None:
         """A connection broke: everything it carried goes elsewhere at once."""
         if link not in self._links:
             return
         self._counters.lost_shards += 1
-        parts = [flight.part for flight in link.flights.values()] + [part for part, _ in link.backlog]
+        parts = [flight.part for flight in link.flights.values()] + list(link.backlog)
         self._links.lost(link, reason)
+        missing = self.missing_since
+        for expert in link.hosted if since is not None else ():
+            if expert in missing:
+                missing[expert] = min(missing[expert], since or 0.0)
         for part in parts:
-            part.flights -= 1
             self._send_again(part)
 
     def _give_up_expired(self, pending: Pending) -> None:
@@ -384,14 +391,6 @@ class Dispatcher:
             spans, pending.homeless = pending.homeless, []
             if spans:
                 self._assign(pending, spans)
-
-
-def _length(span: Span) -> int:
-    return span.end - span.start
-
-
-def _start(span: Span) -> int:
-    return span.start
 
 
 def _rows(spans: Sequence[Span]) -> list[int]:

@@ -22,6 +22,9 @@ from .scheduler import Scheduler, SchedulerCounters, StepPlan
 
 logger = logging.getLogger(__name__)
 
+_IDLE_S = 1.0
+"""Between two looks around of an engine without work."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
@@ -206,8 +209,10 @@ class Engine:
         try:
             while not self._stopping:
                 self._wake.clear()
-                if not self.step() and not self._commands and not self._stopping:
-                    self._wake.wait(timeout=0.1 if self.scheduler.has_work else 1.0)
+                if self.step() or self._commands or self._stopping:
+                    continue
+                if not self._wake.wait(timeout=0.1 if self.scheduler.has_work else _IDLE_S):
+                    self._runner.refresh()
         except BaseException as error:
             self.fault = error
             logger.critical("the engine loop ended", exc_info=True)

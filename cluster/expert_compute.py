@@ -34,6 +34,8 @@ class ExpertCompute:
         self._waiting_rows = 0
         self.entered_epoch = 0
         """The map version in which this shard first appeared: whoever calls on an older one cannot mean it."""
+        self.faults_in_a_row = 0
+        """Computations that failed since the last one that did not. For health checks, any thread."""
 
     def __call__(self, waiting: deque[Request]) -> None:
         """Answer the oldest request, and with it every other that waits for the same layer."""
@@ -91,12 +93,14 @@ class ExpertCompute:
                 self._run_together(layer, requests)
         except Exception as error:  # the edge of the compute loop: a defect must not end the shard
             self._faults += 1
+            self.faults_in_a_row += 1
             logger.exception("experts of layer %d failed", layer)
             for request in requests:
                 request.reply(Kind.ERROR, f"the experts of layer {layer} failed: {error}")
             return
         for request in requests:
             request.reply(Kind.RESULT)
+        self.faults_in_a_row = 0  # now: on a GPU, a fault may show itself only when the result is sent
 
     def _run_alone(self, layer: int, request: Request) -> None:
         start = 0

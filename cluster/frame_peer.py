@@ -66,6 +66,10 @@ class FramePeer(FrameStream):
         self._clock = clock
         self._is_free = [True] * terms.max_calls
 
+    def publish(self, request: Request) -> None:
+        """See `transport.Caller`."""
+        self._slots.publish(request.slot, request.rows_ND)
+
     def reply(self, request: Request, kind: Kind, message: str) -> None:
         """See `Request.reply`, which calls it."""
         if self.fileno() < 0:
@@ -73,11 +77,9 @@ class FramePeer(FrameStream):
         slot, num_rows = request.slot, request.num_rows
         load = self._owner.release(request)
         payload, inline, body = 0, b"", None
-        if kind == Kind.RESULT:
-            self._slots.publish(slot, request.rows_ND)
-            if self._rows_in_stream:
-                payload = num_rows * self._row_bytes
-                body = self._slots.memory(slot, payload)
+        if kind == Kind.RESULT and self._rows_in_stream:
+            payload = num_rows * self._row_bytes
+            body = self._slots.memory(slot, payload)
         elif kind == Kind.ERROR:
             inline = encode_message(message)
             payload = len(inline)

@@ -44,6 +44,9 @@ _REASONS = {
     "limits": "does not take calls of that size or number",
     "slots": "cannot use the shared memory",
     "full": "has no room for another peer",
+    "silent": "did not hear from this end in time",
+    "left": "is going away",
+    "failed": "failed at the handshake",
     "garbage": "did not understand this end",
 }
 
@@ -105,9 +108,11 @@ def engine_part(token: str, shard_id: str, model: str) -> Generator[Message, Mes
     `HandshakeRefused`."""
     mine = os.urandom(_NONCE_BYTES)
     answer = yield {"nonce": mine}
+    _check_refusal(answer)
     theirs = _nonce(answer)
     secret = _Secret(token, mine, theirs, shard_id, model)
     answer = yield {"shard": shard_id, "model": model, "proof": secret.proof("engine")}
+    _check_refusal(answer)
     secret.check("shard", answer)
     return _text(answer, "device")
 
@@ -154,7 +159,6 @@ class _Secret:
         return hmac.digest(self._key, text, hashlib.sha256)
 
     def check(self, role: str, message: Message) -> None:
-        _check_refusal(message)
         proof = message.get("proof")
         if type(proof) is not bytes or len(proof) != _PROOF_BYTES:
             _garbage()
@@ -184,7 +188,6 @@ def terms_message(layout: RowLayout, max_rows: int, max_calls: int, rows: str, c
 
 
 def _nonce(message: Message) -> bytes:
-    _check_refusal(message)
     nonce = message.get("nonce")
     if type(nonce) is not bytes or len(nonce) != _NONCE_BYTES:
         _garbage()
@@ -199,9 +202,11 @@ def _text(message: Message, name: str) -> str:
 
 
 def _check_refusal(message: Message) -> None:
+    """For the engine's part only. Whatever the peer says, the reason is one of `_REASONS`."""
     if "refused" in message:
         reason = str(message["refused"])
-        raise HandshakeRefused(f"the shard {_REASONS.get(reason, 'refused')}", reason)
+        what = _REASONS.get(reason, "refused for a reason that this end does not know")
+        raise HandshakeRefused(f"the shard {what}", reason if reason in _REASONS else "garbage")
 
 
 def _garbage() -> NoReturn:

@@ -40,7 +40,7 @@ def open_memfd(fd: int, layout: RowLayout, max_rows: int, max_calls: int) -> Hos
         if not sealed or os.fstat(fd).st_size != slot_bytes(layout, max_rows) * max_calls:
             raise HandshakeRefused("the shared memory has another size or may be resized", "slots")
         return HostSlots(layout, max_rows, max_calls, fd)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: of CUDA, which is to pin it
         raise HandshakeRefused(f"the shared memory cannot be used: {error}", "slots") from error
 
 

@@ -65,6 +65,10 @@ class ModelRunner:
         rows = [self._sampling_row(entry.request) for entry in plan.sampling]
         return [to_draw(drawn) for drawn in self._sampler.sample(logits_SV, rows)]
 
+    def refresh(self) -> None:
+        """Let what lies behind the model keep up with the world while there is nothing to compute."""
+        self._decoder.experts.refresh()
+
     def forget(self, request_id: str) -> None:
         """Drop what is kept for a request that has ended."""
         self._tables.forget(request_id)

@@ -83,6 +83,10 @@ class Caller(Protocol):
     waiting_rows: int
     """Rows of its requests without an answer; the server's to keep."""
 
+    def publish(self, request: Request) -> None:
+        """What `rows_ND` holds is the result. Raises what the device ran into while it computed."""
+        ...
+
     def reply(self, request: Request, kind: Kind, message: str) -> None: ...
 
 
@@ -105,8 +109,11 @@ class Request:
     is_replied: bool = False
 
     def reply(self, kind: Kind, message: str = "") -> None:
-        """End the request, once. A RESULT sends what `rows_ND` holds now; an ERROR, `message`."""
+        """End the request, once. A RESULT sends what `rows_ND` holds now; an ERROR, `message`. A RESULT that raises has
+        not ended it: a GPU's errors show only when its work is waited for."""
         assert not self.is_replied
+        if kind == Kind.RESULT:
+            self.peer.publish(self)
         self.is_replied = True
         self.peer.reply(self, kind, message)
 

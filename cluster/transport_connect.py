@@ -29,6 +29,10 @@ from .tcp_channel import TcpChannel
 from .token_sockets import tune_data_socket
 from .transport import HandshakeRefused, PeerLost, RowLayout
 
+_MAX_REMEMBERED = 1024
+_without_cuda: set[str] = set()
+"""Shards that memory of a GPU could not be shared with: it is not tried again, see `_Greeting.settle`."""
+
 
 def connect(
     endpoint: ShardEndpoint,
@@ -48,7 +52,9 @@ def connect(
     deadline = time.monotonic() + timeout_s
     ways = ["stream"]
     if endpoint.node_id == my_node_id and endpoint.uds and os.path.exists(endpoint.uds):
-        ways = ["host", "stream"] if layout.device.type == "cpu" else ["cuda", "host", "stream"]
+        ways = ["host", "stream"]
+        if layout.device.type == "cuda" and endpoint.shard_id not in _without_cuda:
+            ways.insert(0, "cuda")
     while True:
         way = ways.pop(0)
         greeting = _Greeting(endpoint, way != "stream", deadline)
@@ -70,6 +76,7 @@ class _Greeting:
     """A connection that is no channel yet. Everything raises `PeerLost`."""
 
     def __init__(self, endpoint: ShardEndpoint, on_node: bool, deadline: float) -> None:
+        self._shard_id = endpoint.shard_id
         self._deadline = deadline
         try:
             if on_node:
@@ -103,9 +110,7 @@ class _Greeting:
         memfd = -1
         try:
             if rows == "cuda":
-                cuda = CudaSlots.create(*size)
-                self._agree(terms_message(*size, rows, cuda.handle()))
-                return SlotChannel(self._sock, cuda, *size)
+                return self._settle_on_cuda(*size)
             if rows == "stream":
                 slots = HostSlots(*size)
                 self._agree(terms_message(*size, rows, None))
@@ -114,11 +119,23 @@ class _Greeting:
             slots = HostSlots(*size, memfd)
             self._agree(terms_message(*size, rows, None), [memfd])
             return SlotChannel(self._sock, slots, *size)
-        except (OSError, AttributeError) as error:  # macOS has no memfd
+        except (OSError, AttributeError, RuntimeError) as error:  # no memfd (macOS); CUDA, also out of memory
             raise HandshakeRefused(f"no memory for rows on this node: {error}", "slots") from error
         finally:
             if memfd >= 0:
                 os.close(memfd)
+
+    def _settle_on_cuda(self, layout: RowLayout, max_rows: int, max_calls: int) -> SlotChannel:
+        """CUDA keeps memory that was shared until the other process lets go of it, for as long as this process lives
+        if that never does: a shard that does not map the slots, or is killed, costs this GPU their bytes. So whoever
+        did not map them once is not offered more; what a killed shard had mapped is lost."""
+        if len(_without_cuda) >= _MAX_REMEMBERED:
+            _without_cuda.clear()
+        _without_cuda.add(self._shard_id)  # until it worked
+        cuda = CudaSlots.create(layout, max_rows, max_calls)
+        self._agree(terms_message(layout, max_rows, max_calls, "cuda", cuda.handle()))
+        _without_cuda.discard(self._shard_id)
+        return SlotChannel(self._sock, cuda, layout, max_rows, max_calls)
 
     def _agree(self, terms: Message, fds: Sequence[int] = ()) -> None:
         self._send(terms, fds)

@@ -49,6 +49,8 @@ class TransportCounters:
     """Peers that did not, by reason."""
     protocol_errors: int = 0
     """Peers closed because of a frame."""
+    peer_failures: int = 0
+    """Peers closed because this end failed at what they sent, as for lack of memory."""
     requests: int = 0
     rows: int = 0
     busy: int = 0
@@ -221,6 +223,10 @@ class TransportServer:
             self._close(peer, f"it broke the protocol: {error}")
         except PeerLost as error:
             self._close(peer, str(error))
+        except Exception as error:  # the edge of the thread: the other engines still need this shard
+            self.counters.peer_failures += 1
+            logger.exception("data plane: the shard failed at what a peer sent")
+            self._close(peer, f"the shard failed: {error}")
 
     def _handle(self) -> None:
         waiting = self._waiting
@@ -276,6 +282,9 @@ class TransportServer:
             self._refuse(greeting, error.reason)
         except PeerLost:
             self._refuse(greeting, "left")
+        except Exception:  # the edge of the thread, as in `_serve`
+            logger.exception("data plane: the shard failed at a handshake")
+            self._refuse(greeting, "failed")
 
     def _open_slots(self, greeting: GreetingPeer, terms: Terms) -> RowSlots:
         layout, rows, calls = self.layout, terms.max_rows, terms.max_calls
@@ -295,8 +304,8 @@ class TransportServer:
 
     def _add(self, sock: socket.socket, slots: RowSlots, terms: Terms) -> None:
         peer = FramePeer(self, sock, slots, self.layout, terms, self._clock)
-        self._peers[sock.fileno()] = peer
         self._epoll.register(sock.fileno(), select.EPOLLIN)
+        self._peers[sock.fileno()] = peer
         self.counters.accepted += 1
 
     def _end_silent(self) -> None:

@@ -13,8 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import ray
+from ray.exceptions import RayError
 from ray.experimental import internal_kv
 
+from ..cluster.errors import ExpertUnavailable
 from ..cluster.expert_map import ExpertMap, pack_experts, unpack_experts
 from ..cluster.router_spec import RouterSpec
 from ..cluster.router_state import RouterState
@@ -32,7 +34,9 @@ class Store(Protocol):
 
     def read(self) -> bytes | None: ...
 
-    def write(self, checkpoint: bytes) -> None: ...
+    def write(self, checkpoint: bytes) -> None:
+        """Raises RayError or OSError."""
+        ...
 
     def delete(self) -> None: ...
 
@@ -54,7 +58,8 @@ class GcsStore:
 
 
 class ExpertRouter:
-    """Arguments and results are plain values, experts packed (`pack_experts`). Errors are HerdErrors."""
+    """Arguments and results are plain values, experts packed (`pack_experts`). Errors are HerdErrors; after an
+    ExpertUnavailable the change is made but not stored yet, and to be asked for again."""
 
     async def __init__(self, name: str, spec: Mapping[str, Any], store: Store | None = None) -> None:
         _log_to_stderr()
@@ -130,13 +135,16 @@ class ExpertRouter:
         return status
 
     async def _commit(self) -> None:
-        """Store what changed; only then let others see it."""
+        """Store what changed; only then let others see it. Raises ExpertUnavailable."""
         async with self._storing:
             changes, expert_map = self._state.changes, self._state.map
             if changes == self._stored:
                 return
             missing = len(self._state.missing)
-            await asyncio.to_thread(self._store.write, self._state.checkpoint())
+            try:
+                await asyncio.to_thread(self._store.write, self._state.checkpoint())
+            except (RayError, OSError) as error:
+                raise ExpertUnavailable(f"the expert router's change cannot be stored: {error}") from error
             self._stored = changes
             if expert_map is not self._published:
                 self._published = expert_map

@@ -7,7 +7,9 @@ import asyncio
 import hashlib
 import json
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -36,21 +38,16 @@ class RouterClient:
 
     def call(self, method: str, *args: Any, timeout_s: float = CALL_S) -> Any:
         """What the router's `method` returns. Raises its HerdError, or RouterAway. Blocks: not on an event loop."""
-        future = self._submit(method, args)
-        try:
+        with self._explaining():
             # Not ray.get, which warns about the event loop of the process, whatever the thread.
-            return future.result(timeout_s)
-        except Exception as error:
-            raise self._explained(error) from error
+            return self._submit(method, args).result(timeout_s)
 
     async def status(self) -> dict[str, Any]:
         """What `ExpertRouter.status` says. Raises RouterAway."""
-        future = await asyncio.to_thread(self._submit, "status", ())
-        try:
+        with self._explaining():
+            future = await asyncio.to_thread(self._submit, "status", ())
             async with asyncio.timeout(CALL_S):
                 return await asyncio.wrap_future(future)
-        except Exception as error:
-            raise self._explained(error) from error
 
     def _submit(self, method: str, args: tuple[Any, ...]) -> Future[Any]:
         with self._finding:
@@ -76,15 +73,22 @@ class RouterClient:
         except (RayError, ValueError, ConnectionError) as error:
             raise RouterAway(f"the expert router cannot be started: {error}") from error
 
-    def _explained(self, error: Exception) -> Exception:
-        if isinstance(error, TimeoutError):
-            return RouterAway("the expert router does not answer")
-        if isinstance(error, RayTaskError) and isinstance(error.cause, HerdError):
-            return error.cause
-        if isinstance(error, RayActorError):
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """Turn Ray's errors into Herd's; a defect of the router stays what it is."""
+        try:
+            yield
+        except TimeoutError as error:
+            raise RouterAway("the expert router does not answer") from error
+        except RayTaskError as error:
+            if isinstance(error.cause, HerdError):
+                raise error.cause from error
+            raise
+        except RayError as error:
             self._actor = None  # it may have ended for good: look it up anew
-            return RouterAway("the expert router is starting again")
-        return error
+            is_restarting = isinstance(error, RayActorError)
+            why = "is starting again" if is_restarting else f"cannot be reached: {error}"
+            raise RouterAway(f"the expert router {why}") from error
 
 
 def router_name(application: str, spec: RouterSpec) -> str:

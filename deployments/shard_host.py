@@ -41,6 +41,8 @@ _GPU_SHARE = 0.9
 _MAX_QUEUED_ROWS = 1 << 16
 _STUCK_S = 2.0
 """A call that takes longer than this and twice the time that engines wait is taken to hang."""
+_MAX_FAULTS_IN_A_ROW = 2
+"""More than bad luck: a GPU's error stays until its process ends."""
 _WARM_ROWS = (1, 2, 8, 32)
 _DRAIN_POLL_S = 0.05
 
@@ -61,6 +63,7 @@ class ShardHost:
         self._lease = ShardLease(RouterClient(application, self._spec).call, self._identity())
         self._experts: dict[Expert, ExpertWeights] = {}
         self._digests: dict[Expert, str] = {}
+        self._compute: ExpertCompute | None = None
         self._server: TransportServer | None = None
 
     def open(self) -> None:
@@ -80,6 +83,9 @@ class ShardHost:
             raise ExpertUnavailable(f"shard {self._id}: {self._lease.failure}")
         if self._server is not None and not self._server.alive:
             raise ExpertUnavailable(f"shard {self._id} serves no more")
+        faults = self._compute.faults_in_a_row if self._compute else 0
+        if faults > _MAX_FAULTS_IN_A_ROW:
+            raise ExpertUnavailable(f"shard {self._id} failed to compute {faults} times in a row")
         stuck_s = self._server.stuck_for_s if self._server else 0.0
         if stuck_s > max(_STUCK_S, 2 * self._config.experts.call_timeout_s):
             raise ExpertUnavailable(f"shard {self._id} has been computing one call for {stuck_s:.1f} s")
@@ -97,7 +103,7 @@ class ShardHost:
     def _enter(self) -> bool:
         wanted, token = self._lease.acquire(self._experts)
         self._load(wanted)
-        compute = ExpertCompute(self._experts)
+        compute = self._compute = ExpertCompute(self._experts)
         server = self._server = TransportServer(
             shard_id=self._id,
             token=token,

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..cluster.errors import HerdError
+from ..cluster.errors import ExpertUnavailable, HerdError
 from ..cluster.expert_map import Expert, pack_experts, unpack_experts
-from .router_client import RouterAway
 
 logger = logging.getLogger("herd.shard")
 
@@ -41,12 +40,17 @@ class ShardLease:
     """One shard's. `acquire`, `serve` and `leave` block and are for the thread that owns the shard."""
 
     def __init__(self, call: Callable[..., Any], identity: ShardIdentity) -> None:
-        """`call`: `RouterClient.call`."""
+        """`call`: `RouterClient.call`. An ExpertUnavailable of it (the router is away, or cannot store a change) means
+        that it is to be repeated, any other HerdError that it is of no use."""
         self._call = call
         self._me = identity
         self._load: Callable[[], Mapping[str, Any]] = dict
         self._hosted: tuple[Expert, ...] = ()
+        self._token = ""
         self._address: tuple[str, int, str] | None = None
+        """Where it serves; None before it was in a map."""
+        self._in_map = False
+        """Whether the router has confirmed this shard's entry since it last did not know it."""
         self._on_entry: Callable[[int], None] = lambda epoch: None
         self._ending = threading.Event()
         self._beats: threading.Thread | None = None
@@ -61,7 +65,8 @@ class ShardLease:
         if self._beats is None:
             self._beats = threading.Thread(target=self._keep_alive, name="herd-beats", daemon=True)
             self._beats.start()
-        return unpack_experts(lease["experts"]), lease["token"]
+        self._token = lease["token"]
+        return unpack_experts(lease["experts"]), self._token
 
     def check_digests(self, digests: Mapping[Expert, str]) -> None:
         """Have them compared with those of other copies. Raises DigestMismatch."""
@@ -80,16 +85,16 @@ class ShardLease:
         epoch = self._patiently(self._call, "ready", self._me.shard_id, *address)
         if epoch is not None:
             on_entry(epoch)
-            self._address = address
+            self._in_map, self._address = True, address
         return epoch is not None
 
     def leave(self, only_if_spared: bool = False) -> bool:
-        """Tell the router that this shard goes. False: not yet, some expert has no other copy. An absent router counts
-        as having been told; it will notice."""
+        """Tell the router that this shard goes. False: not yet, some expert has no other copy. A router that does not
+        answer counts as having been told; it will notice."""
         try:
             if not self._call("leave", self._me.shard_id, only_if_spared, timeout_s=_BEAT_TIMEOUT_S):
                 return False
-        except RouterAway:
+        except ExpertUnavailable:
             if only_if_spared:
                 return False
         self._ending.set()
@@ -102,11 +107,11 @@ class ShardLease:
         )
 
     def _patiently(self, call: Callable[..., Any], *args: Any) -> Any:
-        """Until the router is there."""
+        """Until the router is there and has stored it."""
         while True:
             try:
                 return call(*args)
-            except RouterAway:
+            except ExpertUnavailable:
                 self._pause(_ASK_S)
 
     def _pause(self, seconds: float) -> None:
@@ -116,10 +121,12 @@ class ShardLease:
     def _keep_alive(self) -> None:
         while not self._ending.wait(BEAT_S):
             try:
-                known = self._call("beat", self._me.shard_id, self._load(), timeout_s=_BEAT_TIMEOUT_S)
-                if not known and self._address is not None:
+                if not self._call("beat", self._me.shard_id, self._load(), timeout_s=_BEAT_TIMEOUT_S):
+                    self._in_map = False
+                # Also where the beat was known: an earlier return may have got no further than the lease.
+                if not self._in_map and self._address is not None:
                     self._return(self._address)
-            except RouterAway:
+            except ExpertUnavailable:
                 continue
             except HerdError as error:
                 self.failure = error.message
@@ -131,13 +138,16 @@ class ShardLease:
         lease = self._request(self._hosted)
         if lease is None or self._ending.is_set():
             return  # asked again with the next beat
-        if unpack_experts(lease["experts"]) != self._hosted:
+        if lease["token"] != self._token:
+            self._give_up("the router has forgotten everything and has another token")
+        elif unpack_experts(lease["experts"]) != self._hosted:
             # This process cannot hold others beside its own: leave that slot to whoever replaces it.
-            self.failure = "the router gave its experts to another shard while it was not heard of"
-            self._call("leave", self._me.shard_id, False)
-            self._ending.set()
-            return
-        epoch = self._call("ready", self._me.shard_id, *address)
-        if epoch is not None:
+            self._give_up("the router gave its experts to another shard while it was not heard of")
+        elif (epoch := self._call("ready", self._me.shard_id, *address)) is not None:
             logger.warning("shard %s is back in the map of epoch %d", self._me.shard_id, epoch)
             self._on_entry(epoch)
+            self._in_map = True
+
+    def _give_up(self, why: str) -> None:
+        self.failure = why
+        self.leave()

@@ -36,6 +36,10 @@ class ExpertBackend(Protocol):
         least one row."""
         ...
 
+    def refresh(self) -> None:
+        """Called now and then while there is nothing to compute."""
+        ...
+
     def abandon(self) -> None:
         """Forget every dispatch that was not collected, if any: their results will not be asked for. Each forward pass
         ends with it, however it ends."""
@@ -54,6 +58,9 @@ class LocalExperts:
     def collect(self, pending: tuple[int, Tensor, Sequence[int]]) -> Tensor:
         layer, rows_ND, counts_E = pending
         return grouped_mlp(rows_ND, counts_E, self._experts[layer])
+
+    def refresh(self) -> None:
+        pass
 
     def abandon(self) -> None:
         pass

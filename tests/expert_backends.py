@@ -64,6 +64,9 @@ class FarExperts:
             raise ExpertsUnavailable("nobody hosts an expert", rows)
         return pending.rows_ND.result()
 
+    def refresh(self) -> None:
+        pass
+
     def abandon(self) -> None:
         self.abandoned += len(self._under_way)
         self._under_way.clear()

@@ -74,9 +74,9 @@ class FakeChannel:
             kinds = {Act.BUSY: Kind.BUSY, Act.STALE: Kind.STALE_MAP, Act.ERROR: Kind.ERROR}
             self._answer(call, kinds.get(act, Kind.RESULT))
 
-    def release(self) -> None:
+    def release(self, kind: Kind = Kind.RESULT) -> None:
         """Answer the call held longest, from any thread."""
-        self._answer(self.held.pop(0), Kind.RESULT)
+        self._answer(self.held.pop(0), kind)
 
     def _answer(self, call: Call, kind: Kind) -> None:
         rows_ND = torch.cat([call.rows_ND[start:end] for start, end in call.ranges])

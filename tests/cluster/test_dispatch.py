@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from herd.cluster.dispatch import Dispatcher
-from herd.cluster.dispatch_link import Span, split_spans
 from herd.cluster.errors import ExpertUnavailable
+from herd.cluster.expert_frames import Kind
 from herd.cluster.experts_config import ExpertsConfig
 from herd.model.experts import ExpertsUnavailable
 
@@ -290,62 +290,94 @@ def test_channels_are_closed_with_the_dispatcher() -> None:
     assert all(channel.closed for shard in cluster.shards.values() for channel in shard.channels)
 
 
-ACTS = st.lists(st.sampled_from([Act.ANSWER, Act.ANSWER, Act.ANSWER, *Act]), max_size=6)
-COUNTS = st.lists(st.integers(0, 9), min_size=EXPERTS, max_size=EXPERTS).filter(any)
+def triangle() -> FakeCluster:
+    """Three shards and two copies of each expert, as placement makes them: no shard has all that another one has."""
+    cluster = FakeCluster()
+    cluster.add("a", [e for e in ALL if e[1] in (0, 1, 2)])
+    cluster.add("b", [e for e in ALL if e[1] in (0, 3)])
+    cluster.add("c", [e for e in ALL if e[1] in (1, 2, 3)])
+    return cluster
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    acts=st.lists(ACTS, min_size=3, max_size=3),
-    steps=st.lists(st.tuples(st.integers(0, LAYERS - 1), COUNTS), min_size=1, max_size=4),
-    max_rows=st.integers(1, 12),
-    max_calls=st.integers(1, 3),
-)
-def test_whatever_three_replicas_do_every_row_comes_back_once(
-    acts: list[list[Act]], steps: list[tuple[int, list[int]]], max_rows: int, max_calls: int
-) -> None:
-    """Calls may be held, refused, failed or lost with their shard; held ones are answered late, after others."""
-    cluster = FakeCluster(max_rows, max_calls)
-    for name, script in zip("abc", acts, strict=True):
-        # Two errors at most, so that no part meets three.
-        kept = [act for i, act in enumerate(script) if act is not Act.ERROR or i == 0]
-        cluster.add(name, ALL, kept if name != "c" else [act for act in kept if act is not Act.ERROR])
-    config = ExpertsConfig(call_timeout_s=0.002, recovery_timeout_s=WAIT_S, hedge_after_s=0.001, hedge_share=0.3)
-    dispatcher = Dispatcher(config, experts=ALL, connect=cluster.connect)
+def test_a_late_call_is_divided_among_those_that_have_its_experts(make: Callable[..., Dispatcher]) -> None:
+    cluster = triangle()
+    dispatcher = make(cluster)
+    cluster.shards["a"].acts.append(Act.HOLD)
+    run(dispatcher, (4, 4, 4, 4))
+    assert cluster.shards["a"].calls[0].groups == [(0, 4), (2, 4)]
+    assert dispatcher.stats()["late"] == 1
+
+
+def test_a_late_answer_may_still_win_over_its_repetition(make: Callable[..., Dispatcher]) -> None:
+    """Its rows count once, whoever comes first and whoever comes after."""
+    cluster = triangle()
+    dispatcher = make(cluster)
+    for name in "abc":
+        cluster.shards[name].acts.extend([Act.HOLD] * 2)
+    releases = [cluster.shards[name].channel.release for name in "cabcab"]
+
+    def release() -> None:
+        for answer in releases:
+            with suppress(IndexError):
+                answer()
+
+    timer = threading.Timer(0.2, release)
+    timer.start()
+    run(dispatcher, (4, 3, 2, 2))
+    timer.join()
+    for name in "abc":
+        while cluster.shards[name].channel.held:
+            cluster.shards[name].channel.release()
+    run(dispatcher, (4, 3, 2, 2))
+
+
+def test_what_waits_behind_a_late_call_goes_elsewhere(make: Callable[..., Dispatcher]) -> None:
+    cluster = FakeCluster(max_rows=1, max_calls=2)
+    cluster.add("a", ALL)
+    cluster.add("b", ALL)
+    dispatcher = make(cluster)
+    cluster.shards["a"].acts.extend([Act.HOLD] * 2)
+    run(dispatcher, (0, 0, 0, 12))
+    assert len(cluster.shards["a"].calls) <= 2
+
+
+def test_a_refusal_under_an_older_map_is_not_held_against_the_shard(make: Callable[..., Dispatcher]) -> None:
+    """The shard left and came back while the call was under way; its STALE comes after the map that has it again."""
+    cluster = halves()
+    dispatcher = make(cluster, call_timeout_s=WAIT_S)
+    odd = cluster.shards["odd"]
+    odd.acts.append(Act.HOLD)
+    pending = dispatcher.dispatch(0, rows(1, 1, 1, 1), (1, 1, 1, 1))
     cluster.publish(dispatcher.update)
-    releasing = threading.Event()
-
-    def release_and_publish() -> None:
-        """What time would bring: held calls are answered in the end, and maps follow each other."""
-        while not releasing.wait(0.01):
-            for shard in cluster.shards.values():
-                for channel in shard.channels:
-                    if channel.held and not channel.closed:
-                        channel.release()
-            cluster.publish(dispatcher.update)
-
-    helper = threading.Thread(target=release_and_publish)
-    helper.start()
-    try:
-        dispatcher.wait_complete(WAIT_S)
-        for layer, counts in steps:
-            run(dispatcher, counts, layer)
-    finally:
-        releasing.set()
-        helper.join()
-        dispatcher.close()
+    odd.channel.release(Kind.STALE_MAP)
+    assert torch.equal(dispatcher.collect(pending), expected(0, rows(1, 1, 1, 1), (1, 1, 1, 1)))
+    assert dispatcher.stats()["stale"] == 1
 
 
-@given(lengths=st.lists(st.integers(1, 9), max_size=6), max_rows=st.integers(1, 7))
-def test_split_spans_keeps_every_row_in_order(lengths: list[int], max_rows: int) -> None:
-    spans, start = [], 0
-    for expert, length in enumerate(lengths):
-        spans.append(Span(expert, start, start + length))
-        start += length
-    lists = split_spans(spans, max_rows)
-    assert [row for piece in lists for s in piece for row in range(s.start, s.end)] == list(range(start))
-    assert all(0 < sum(s.end - s.start for s in piece) <= max_rows for piece in lists)
-    assert len(lists) == -(-start // max_rows)
+def test_a_shard_that_fails_is_chosen_last(make: Callable[..., Dispatcher]) -> None:
+    cluster = twins()
+    dispatcher = make(cluster)
+    cluster.shards["a"].acts.extend([Act.ERROR] * 50)
+    for _ in range(5):
+        run(dispatcher, (1, 0, 0, 0))
+    assert dispatcher.stats()["errors"] == 1
+
+
+def test_an_idle_dispatcher_keeps_up_with_the_map(make: Callable[..., Dispatcher]) -> None:
+    """Connections to shards that were replaced meanwhile do not pile up."""
+    cluster = halves()
+    dispatcher = make(cluster)
+    experts = cluster.shards["odd"].experts
+    generations = []
+    for generation in range(5):
+        generations.append(cluster.shards.pop("odd" if generation == 0 else f"odd{generation}"))
+        cluster.add(f"odd{generation + 1}", experts)
+        cluster.publish(dispatcher.update)
+        deadline = time.monotonic() + WAIT_S
+        while dispatcher.stats()["shards_connected"] < 2 or dispatcher.epoch < cluster.epoch:
+            assert time.monotonic() < deadline
+            dispatcher.refresh()
+    assert all(shard.channel.closed for shard in generations)
 
 
 def test_a_wait_for_a_late_shard_sleeps(make: Callable[..., Dispatcher], monkeypatch: pytest.MonkeyPatch) -> None:

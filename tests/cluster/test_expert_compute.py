@@ -53,7 +53,9 @@ def compute() -> ExpertCompute:
 def ask(layer: int, *groups: tuple[int, int], seed: int = 0, **more: Any) -> Asked:
     rows = sum(count for _, count in groups)
     generator = torch.Generator().manual_seed(seed)
-    return Asked(layer, list(groups), torch.randn(rows, HIDDEN, generator=generator), **more)
+    return Asked(
+        **{"layer": layer, "groups": list(groups), "rows_ND": torch.randn(rows, HIDDEN, generator=generator)} | more
+    )
 
 
 def expected(asked: Asked) -> Tensor:
@@ -126,6 +128,19 @@ def test_a_defect_is_an_error_to_its_callers_and_no_more(compute: ExpertCompute)
     run(compute, good)
     assert (broken.replies, good.replies) == ([Kind.ERROR], [Kind.RESULT])
     assert compute.load()["faults"] == 1
+
+
+def test_faults_in_a_row_are_told_from_faults(compute: ExpertCompute) -> None:
+    def broken() -> Asked:
+        return ask(0, (1, 2), rows_ND=torch.zeros(2, HIDDEN + 1))
+
+    counts = []
+    for asked in (broken(), broken(), ask(0, (1, 2), epoch=-1), broken(), ask(0, (1, 2)), broken()):
+        run(compute, asked)
+        counts.append(compute.faults_in_a_row)
+    assert counts == [1, 2, 2, 3, 0, 1]  # a call that is refused says nothing of the experts
+    run(compute, broken(), broken())  # together
+    assert compute.faults_in_a_row == 2
 
 
 def test_load_counts_rows_by_expert(compute: ExpertCompute) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from contextlib import suppress
 from typing import Any
 
@@ -204,8 +205,53 @@ def test_another_version_is_named_and_a_long_message_refused():
         decode_prefix(PREFIX.pack(magic, PROTOCOL_VERSION, MAX_MESSAGE_BYTES + 1))
 
 
-@pytest.mark.parametrize("word", ["token", "full", "some new reason"])
+@pytest.mark.parametrize("word", ["token", "full", "silent", "left", "failed"])
 def test_a_refusal_carries_its_reason(word):
-    with pytest.raises(HandshakeRefused) as refused:
+    with pytest.raises(HandshakeRefused, match="the shard") as refused:
         check_agreed(decode_body(refusal(word)[PREFIX.size :]))
     assert refused.value.reason == word
+
+
+@pytest.mark.parametrize("word", ["some new reason", "x" * 4000, ["token"], None, 7, b"token"], ids=repr)
+def test_a_reason_that_nobody_knows_is_garbage(word):
+    for refuse in (check_agreed, engine_at_its_nonce().send, engine_at_its_proof().send):
+        with pytest.raises(HandshakeRefused) as refused:
+            refuse({"refused": word})
+        assert refused.value.reason == "garbage"
+        assert len(str(refused.value)) < 100
+
+
+def test_an_engine_learns_why_it_is_refused_at_every_step():
+    for refuse in (check_agreed, engine_at_its_nonce().send, engine_at_its_proof().send):
+        with pytest.raises(HandshakeRefused) as refused:
+            refuse({"refused": "model"})
+        assert refused.value.reason == "model"
+
+
+@pytest.mark.parametrize("word", ["token", "x" * 4000, "made up"])
+def test_a_shard_is_not_told_reasons(word):
+    """It would take words of whoever connects into its counters."""
+    for steps in range(3):
+        shard = shard_part(TOKEN, SHARD, MODEL, layout())
+        engine = engine_part(TOKEN, SHARD, MODEL)
+        next(shard)
+        good = next(engine)
+        if steps >= 1:
+            good = engine.send(shard.send(good))
+        if steps >= 2:
+            shard.send(good)
+        with pytest.raises(HandshakeRefused) as refused:
+            shard.send({"refused": word})
+        assert refused.value.reason == "garbage"
+
+
+def engine_at_its_nonce() -> Generator[Message, Message, str]:
+    engine = engine_part(TOKEN, SHARD, MODEL)
+    next(engine)
+    return engine
+
+
+def engine_at_its_proof() -> Generator[Message, Message, str]:
+    engine = engine_at_its_nonce()
+    engine.send({"nonce": bytes(32)})
+    return engine

@@ -9,7 +9,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from herd.cluster import transport_connect
 from herd.cluster.expert_frames import Kind
+from herd.cluster.host_slots import HostSlots
 from herd.cluster.slot_channel import SlotChannel
 from herd.cluster.tcp_channel import TcpChannel
 from herd.cluster.transport import Channel, HandshakeRefused, PeerLost
@@ -253,6 +255,90 @@ def test_a_node_without_shared_memory_uses_tcp(serve, monkeypatch):
     channel = open_channel("shm", serve())
     assert isinstance(channel, TcpChannel)
     channel.close()
+
+
+class Gpu:
+    """Stands in for the GPU memory of both ends: counts what is created, and fails as told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.created = 0
+        self.fails_at_create = self.fails_at_open = False
+        monkeypatch.setattr("herd.cluster.transport_connect.CudaSlots.create", self._create)
+        monkeypatch.setattr("herd.cluster.transport_server.CudaSlots.open", self._open)
+        monkeypatch.setattr("herd.cluster.transport_connect._without_cuda", set())
+        monkeypatch.setattr("herd.cluster.host_slots._cudart", lambda: self)
+
+    def handle(self) -> list[int]:
+        return [1]
+
+    def cudaHostRegister(self, *_: object) -> int:
+        return 0
+
+    def cudaHostUnregister(self, *_: object) -> int:
+        return 0
+
+    def _create(self, *_: object) -> Gpu:
+        self.created += 1
+        if self.fails_at_create:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self
+
+    def _open(self, *_: object) -> Gpu:
+        if self.fails_at_open:
+            raise HandshakeRefused("the GPU memory cannot be mapped", "slots")
+        return self
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    return Gpu(monkeypatch)
+
+
+ON_GPU = layout(device="cuda")
+
+
+def slots_of(channel: Channel) -> object:
+    channel.close()
+    return channel._slots  # type: ignore[attr-defined]
+
+
+def test_memory_of_a_gpu_where_both_ends_have_one(serve, gpu):
+    server = serve(rows=ON_GPU)
+    assert [slots_of(open_channel("cuda", server)) for _ in range(2)] == [gpu, gpu]
+    assert gpu.created == 2
+
+
+@pytest.mark.parametrize("where", ["create", "open"])
+def test_memory_of_a_gpu_that_cannot_be_shared_is_not_tried_again(serve, gpu, where):
+    """CUDA may keep what was offered for good."""
+    setattr(gpu, f"fails_at_{where}", True)
+    server = serve(rows=ON_GPU)
+    for _ in range(3):
+        assert isinstance(slots_of(open_channel("cuda", server)), HostSlots)
+    assert gpu.created == 1
+    setattr(gpu, f"fails_at_{where}", False)
+    another = serve(rows=ON_GPU, shard_id="shard-2")
+    assert slots_of(open_channel("cuda", another, shard_id="shard-2")) is gpu
+    assert gpu.created == 2
+
+
+def test_a_shard_that_goes_with_the_memory_of_a_gpu_in_its_hands_is_not_given_more(serve, gpu, monkeypatch):
+    server = serve(rows=ON_GPU)
+    with monkeypatch.context() as patch:
+        patch.setattr("herd.cluster.greeting_peer.agreed", lambda: {"agreed": "not quite"})
+        with pytest.raises(PeerLost):
+            open_channel("cuda", server)
+    assert isinstance(slots_of(open_channel("cuda", server)), HostSlots)
+    assert gpu.created == 1
+
+
+def test_only_so_many_shards_are_remembered(serve, gpu, monkeypatch):
+    monkeypatch.setattr("herd.cluster.transport_connect._MAX_REMEMBERED", 2)
+    gpu.fails_at_open = True
+    for number in range(5):
+        name = f"shard-{number}"
+        slots_of(open_channel("cuda", serve(rows=ON_GPU, shard_id=name), shard_id=name))
+        assert len(transport_connect._without_cuda) <= 2
 
 
 def test_nobody_there_is_a_lost_peer():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from herd.cluster.expert_frames import Kind
+from herd.cluster.host_slots import HostSlots
 from herd.cluster.transport import Request
 
 from .transport_ends import (
@@ -23,6 +24,7 @@ from .transport_ends import (
     serve,
     twice,
     until,
+    until_lost,
 )
 
 __all__ = ["serve"]
@@ -164,6 +166,55 @@ def test_a_failing_handler_ends_its_requests_and_not_the_server(kind, serve):
     channel.submit(call(2, rows_of(channel, 1)))
     assert collect(channel, 1)[0].kind == Kind.RESULT
     channel.close()
+
+
+def test_a_result_that_the_device_does_not_give_is_an_error(kind, serve, monkeypatch):
+    """A GPU's errors show when its work is waited for, which is in `publish`."""
+    failed: list[int] = []
+
+    def publish(self: HostSlots, slot: int, rows_ND: torch.Tensor) -> None:
+        if not failed:
+            failed.append(slot)
+            raise RuntimeError("device-side assert")
+
+    monkeypatch.setattr(HostSlots, "publish", publish)
+    server = serve()
+    channel = open_channel(kind, server)
+    channel.submit(call(1, rows_of(channel, 2)))
+    (reply,) = collect(channel, 1)
+    assert (reply.kind, reply.message) == (Kind.ERROR, "the shard failed: device-side assert")
+    assert server.counters.handler_errors == 1
+    assert server._queued_rows == 0
+    for number in range(2, MAX_CALLS + 3):  # every slot, also the one of the failure
+        channel.submit(call(number, rows_of(channel, 2)))
+        (reply,) = collect(channel, 1)
+        assert reply.kind == Kind.RESULT
+        channel.drop(reply)
+    channel.close()
+
+
+def test_a_request_that_cannot_be_taken_in_ends_its_peer_only(kind, serve, monkeypatch, caplog):
+    server = serve()
+    stays, goes = open_channel(kind, server), open_channel(kind, server)
+    with monkeypatch.context() as patch:
+        patch.setattr(HostSlots, "rows", _out_of_memory)
+        goes.submit(call(1, rows_of(goes, 1)))
+        assert until_lost(goes)
+    until(lambda: server.num_peers == 1)
+    assert server.alive
+    assert (server.counters.peer_failures, server.counters.protocol_errors) == (1, 0)
+    assert "CUDA out of memory" in caplog.text
+    assert server._queued_rows == 0
+    again = open_channel(kind, server)
+    for channel in (stays, again):
+        channel.submit(call(2, rows_of(channel, 1)))
+        assert collect(channel, 1)[0].kind == Kind.RESULT
+    for channel in (stays, goes, again):
+        channel.close()
+
+
+def _out_of_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_how_long_the_handler_has_been_at_it_shows_from_outside(kind, serve):

@@ -140,6 +140,39 @@ def test_bytes_instead_of_a_handshake_end_it(shared_server, kind, data):
     assert refused_since(shared_server, before) == {reason: 1}
 
 
+def test_nobody_gets_a_word_into_the_counters(shared_server, kind):
+    """A peer without the token that "refuses" the shard: with many different reasons, or one that is too long to be
+    repeated to it."""
+    before = shared_server.counters.refused.copy()
+    reasons = [*(f"reason {number} {'x' * 2000}" for number in range(50)), "x" * 4000, b"\0" * 4000, ["x"], "token", 7]
+    for reason in reasons:
+        with Stranger(shared_server, kind) as stranger:
+            stranger.send(encode_message({"refused": reason}))
+            assert stranger.receive() == {"refused": "garbage"}
+            assert stranger.is_closed()
+    assert refused_since(shared_server, before) == {"garbage": len(reasons)}
+    assert shared_server.alive
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), KeyError("a defect")], ids=repr)
+def test_a_failure_at_one_handshake_ends_that_one_only(shared_server, kind, error, monkeypatch, caplog):
+    def fail(*_: object) -> None:
+        raise error
+
+    before = shared_server.counters.refused.copy()
+    with monkeypatch.context() as patch:
+        patch.setattr(shared_server, "_open_slots", fail)
+        with pytest.raises(HandshakeRefused, match="failed at the handshake") as refused:
+            open_channel(kind, shared_server)
+    assert refused.value.reason == "failed"
+    assert refused_since(shared_server, before) == {"failed": 1}
+    assert "failed at a handshake" in caplog.text
+    assert shared_server.alive
+    channel = open_channel(kind, shared_server)
+    works(channel)
+    channel.close()
+
+
 def test_random_handshakes_end_and_leave_nothing(shared_server, bystander):
     seen = shared_server.counters.refused.total()
     fds = psutil.Process().num_fds()

@@ -9,11 +9,13 @@ import secrets
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorUnavailableError, RayError, RaySystemError, RayTaskError
 
-from herd.cluster.errors import DigestMismatch, PlacementError
+from herd.cluster.errors import DigestMismatch, ExpertUnavailable, PlacementError
 from herd.cluster.expert_map import ExpertMap, unpack_experts
 from herd.cluster.router_spec import RouterSpec
 from herd.deployments.expert_router import ExpertRouter
@@ -67,7 +69,7 @@ async def test_a_map_is_stored_before_anybody_sees_it() -> None:
     assert await lease(router, "b") is not None
     assert await lease(router, "a") is not None
     store.broken = True
-    with pytest.raises(ConnectionError):
+    with pytest.raises(ExpertUnavailable, match="cannot be stored: no GCS"):
         await router.ready("a", "127.0.0.1", 1, "")
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.3):
@@ -75,6 +77,29 @@ async def test_a_map_is_stored_before_anybody_sees_it() -> None:
     store.broken = False
     async with asyncio.timeout(5):
         assert (await seen or {})["epoch"] == 1  # the tick tries again
+
+
+async def test_what_cannot_be_stored_is_kept_and_told_to_those_who_ask_again() -> None:
+    store = FakeStore()
+    router = await new_router(store)
+    router._ticker.cancel()  # else it stores what is asked for here
+    calls = (
+        lambda: lease(router, "b"),
+        lambda: router.check_digests("b", [(0, 1, "aa")]),
+        lambda: router.ready("b", "127.0.0.1", 2, ""),
+        lambda: router.leave("b"),
+    )
+    assert await lease(router, "a") is None
+    for call in calls:
+        store.broken = True
+        for _ in range(2):
+            with pytest.raises(ExpertUnavailable):
+                await call()
+        store.broken = False
+        await call()
+        assert store.checkpoint == router._state.checkpoint()
+    with pytest.raises(DigestMismatch):
+        await router.check_digests("a", [(0, 1, "bb")])
 
 
 async def test_a_router_that_starts_again_goes_on() -> None:
@@ -129,6 +154,47 @@ def test_what_is_hosted_differently_has_another_router() -> None:
         names.add(router_name("app", spec))
     assert len(names) == 4
     assert router_name("app", RouterSpec(**SPEC.__dict__)) == router_name("app", SPEC)
+
+
+class FailingActor:
+    """Every call of it fails."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def __getattr__(self, name: str) -> Any:
+        return self
+
+    def remote(self) -> Any:
+        return self
+
+    def future(self) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_exception(self._error)
+        return future
+
+
+@pytest.mark.parametrize("error", [RaySystemError("no GCS"), ActorUnavailableError("restarting", None), TimeoutError()])
+async def test_whatever_ray_says_the_router_is_away(error: Exception) -> None:
+    client = RouterClient("app", SPEC)
+    for _ in range(2):
+        client._actor = FailingActor(error)
+        with pytest.raises(RouterAway):
+            await client.status()
+        client._actor = FailingActor(error)
+        with pytest.raises(RouterAway):
+            client.call("beat")
+    assert (client._actor is None) is isinstance(error, RayError)  # it is looked up anew
+
+
+async def test_what_the_router_says_is_passed_on() -> None:
+    client = RouterClient("app", SPEC)
+    for cause, seen in ((PlacementError("too large"), PlacementError), (KeyError("a defect"), RayTaskError)):
+        client._actor = FailingActor(RayTaskError("call", "", cause))
+        with pytest.raises(seen):
+            client.call("beat")
+        with pytest.raises(seen):
+            await client.status()
 
 
 # On Ray

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from herd.cluster.errors import DigestMismatch, ExpertUnavailable, PlacementError
+from herd.cluster.expert_compute import ExpertCompute
 from herd.cluster.expert_map import Expert, pack_experts, unpack_experts
 from herd.cluster.router_spec import RouterSpec
 from herd.cluster.router_state import RouterState
@@ -34,10 +35,12 @@ class LocalRouter:
     """A `RouterState` behind `RouterClient.call`'s face; `away` says that nobody answers."""
 
     def __init__(self, shards: int = 1, replicas: int = 1) -> None:
-        spec = RouterSpec("model", (0,), 4, expert_bytes=10, shards=shards, replicas=replicas)
+        self._spec = RouterSpec("model", (0,), 4, expert_bytes=10, shards=shards, replicas=replicas)
         self.now = 0.0
-        self.state = RouterState(spec, lambda: self.now, token="secret")
+        self.state = self._new_state("secret")
         self.away = False
+        self.cut: dict[str, tuple[bool, Exception]] = {}
+        """The methods whose next call fails: whether it is done, and how it fails."""
         self.calls: list[str] = []
         self._lock = threading.Lock()
 
@@ -46,8 +49,20 @@ class LocalRouter:
             self.calls.append(method)
             if self.away:
                 raise RouterAway("away")
+            is_done, error = self.cut.pop(method, (True, None))
             own = getattr(self, f"_{method}", None)
-            return (own or getattr(self.state, method))(*args)
+            answer = (own or getattr(self.state, method))(*args) if is_done else None
+            if error is not None:
+                raise error
+            return answer
+
+    def forget_everything(self) -> None:
+        """As a router does whose checkpoint is lost."""
+        with self._lock:
+            self.state = self._new_state("another secret")
+
+    def _new_state(self, token: str) -> RouterState:
+        return RouterState(self._spec, lambda: self.now, token=token)
 
     def _request_lease(self, shard: str, node: str, gpu: str, room: int | None, hosted: Any, pid: int) -> Any:
         lease = self.state.request_lease(shard, node, gpu, room, unpack_experts(hosted), pid)
@@ -135,6 +150,53 @@ def test_a_shard_that_was_let_go_of_comes_back_without_loading(leases: Callable[
     assert epochs[1] > epochs[0]
     assert router.state.map.hosted == {"a": experts}
     assert lease.failure is None
+
+
+@pytest.mark.parametrize("error", [RouterAway("restarting"), ExpertUnavailable("the change cannot be stored")])
+@pytest.mark.parametrize("is_done", [False, True])
+@pytest.mark.parametrize("method", ["request_lease", "ready"])
+def test_a_return_that_was_cut_short_is_finished(
+    leases: Callable[..., ShardLease], method: str, is_done: bool, error: Exception
+) -> None:
+    router, epochs = LocalRouter(), []
+    lease = leases(router)
+    experts = serve(lease, epochs)
+    router.cut[method] = (is_done, error)
+    router.state.leave("a")
+    eventually(lambda: len(epochs) == 2)
+    assert not router.cut
+    assert epochs[1] == router.state.map.epoch
+    assert router.state.map.hosted == {"a": experts}
+    router.calls.clear()
+    eventually(lambda: router.calls.count("beat") > 3)
+    assert set(router.calls) == {"beat"}
+    assert lease.failure is None
+
+
+def test_a_router_that_cannot_store_a_change_is_asked_again(leases: Callable[..., ShardLease]) -> None:
+    router = LocalRouter()
+    lease = leases(router)
+    unstored = (True, ExpertUnavailable("the change cannot be stored"))
+    router.cut = dict.fromkeys(("request_lease", "beat", "check_digests", "ready", "leave"), unstored)
+    experts, _ = lease.acquire()
+    lease.check_digests({(0, 1): "aa"})
+    assert lease.serve(experts, ADDRESS, dict, lambda epoch: None)
+    assert router.state.map.hosted == {"a": experts}
+    eventually(lambda: "beat" not in router.cut)
+    assert lease.leave()
+    assert lease.failure is None
+    assert not router.cut
+
+
+def test_a_shard_gives_up_where_the_router_has_another_token(leases: Callable[..., ShardLease]) -> None:
+    router = LocalRouter()
+    lease = leases(router)
+    serve(lease)
+    router.cut["leave"] = (True, RouterAway("restarting"))  # who does not hear it will notice
+    router.forget_everything()
+    eventually(lease._ending.is_set)
+    assert "token" in (lease.failure or "")
+    assert not router.state.status()["shards"]
 
 
 def test_a_shard_whose_experts_went_elsewhere_gives_up(leases: Callable[..., ShardLease]) -> None:
@@ -235,6 +297,7 @@ def host_of(server: FakeServer, lease: FakeLease, call_timeout_s: float = 1.0) -
     """Without a model or a router."""
     host = object.__new__(ShardHost)
     host._id, host._server, host._lease = "a", server, lease  # pyright: ignore[reportAttributeAccessIssue]
+    host._compute = ExpertCompute({})
     host._config = load_config(sets=[f"experts.call_timeout_s={call_timeout_s}"], env={}).config
     return host
 
@@ -245,6 +308,15 @@ def test_a_call_that_never_ends_is_a_fault_and_a_long_one_is_not(server: FakeSer
         server.stuck_for_s = stuck_s
         patient.check()
         with pytest.raises(ExpertUnavailable) if faulty else nullcontext():
+            host.check()
+
+
+def test_a_shard_whose_calls_all_fail_is_faulty(server: FakeServer) -> None:
+    host = host_of(server, FakeLease(server))
+    assert host._compute is not None
+    for faults, faulty in ((2, False), (3, True), (4, True), (0, False)):
+        host._compute.faults_in_a_row = faults
+        with pytest.raises(ExpertUnavailable, match="in a row") if faulty else nullcontext():
             host.check()
 
 

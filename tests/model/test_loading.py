@@ -171,6 +171,9 @@ class Nowhere:
     def collect(self, pending: None) -> Tensor:
         raise AssertionError("not to be called")
 
+    def refresh(self) -> None:
+        raise AssertionError("not to be called")
+
     def abandon(self) -> None:
         raise AssertionError("not to be called")
 
