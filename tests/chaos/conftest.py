@@ -93,10 +93,14 @@ class Herd:
         assert_same(run, self.undisturbed)
 
     def kill(self, role: str, count: int = 1) -> Callable[[], None]:
-        """Ends `count` processes of a role at once, when called."""
-        pids = self.pids(role)[:count]
-        assert len(pids) == count, f"there are only {len(pids)} of {role}"
-        return lambda: end(pids)
+        """Ends `count` of those processes of a role that there are when it is called, at once."""
+
+        def kill() -> None:
+            pids = self.pids(role)[:count]
+            assert len(pids) == count, f"there are only {len(pids)} of {role}"
+            end(pids)
+
+        return kill
 
     def settle(self) -> None:
         """Wait until every process is back and ready."""
