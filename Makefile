@@ -44,6 +44,7 @@ gpu: $(DEVELOPMENT)
 bench: $(RUNTIME)
 	$(BIN)/python bench/engine_decode.py
 	$(BIN)/python bench/cpu_kernels.py
+	$(BIN)/python bench/dispatch.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
