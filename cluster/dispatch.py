@@ -33,7 +33,7 @@ from .transport import Call, PeerLost, Reply
 _BUSY_PAUSE_S = 0.005
 """How long a part rests that a shard had no room or time for and that nobody else hosts."""
 _MAX_FAILURES = 3
-"""Errors of shards after which a part's requests end."""
+"""Errors after which a part's requests end, and a shard is chosen last."""
 _LONGEST_WAIT_S = 1.0
 
 
@@ -245,7 +245,12 @@ class Dispatcher:
         part, pending = flight.part, flight.part.pending
         link.rows_out -= part.num_rows
         link.load = reply.load
-        link.suspect = reply.kind is Kind.ERROR
+        if reply.kind is Kind.RESULT:
+            link.errors = 0
+        elif reply.kind is Kind.ERROR:
+            link.errors += 1
+        # Not at the first: a shard counts its faults too, and asks to be replaced.
+        link.suspect = link.errors >= _MAX_FAILURES
         if part.is_over or reply.kind is not Kind.RESULT:
             link.channel.drop(reply)
             if not part.is_over:
@@ -289,17 +294,12 @@ class Dispatcher:
 
     # --- failures
 
-    @property
-    def missing_since(self) -> dict[Expert, float]:
-        """Experts that no connected shard hosts, and since when."""
-        return self._links.missing_since
-
     def _next_check(self, pending: Pending | None) -> float:
         """When something may be late, rested or given up."""
         times = [flight.check_at for link in self._links for flight in link.flights.values()]
         times += [at for at, _ in self._resting]
         if pending is not None:
-            since, patience_s = self.missing_since, self._config.recovery_timeout_s
+            since, patience_s = self._links.missing_since, self._config.recovery_timeout_s
             keys = ((pending.layer, span.expert) for span in pending.homeless)
             times += [since[key] + patience_s for key in keys if key in since]
         return min(times, default=float("inf"))
@@ -358,7 +358,7 @@ class Dispatcher:
         self._counters.lost_shards += 1
         parts = [flight.part for flight in link.flights.values()] + list(link.backlog)
         self._links.lost(link, reason)
-        missing = self.missing_since
+        missing = self._links.missing_since
         for expert in link.hosted if since is not None else ():
             if expert in missing:
                 missing[expert] = min(missing[expert], since or 0.0)
@@ -367,14 +367,14 @@ class Dispatcher:
 
     def _give_up_expired(self, pending: Pending) -> None:
         """End the wait for experts that have been missing for too long."""
-        since, oldest = self.missing_since, self._clock() - self._config.recovery_timeout_s
+        since, oldest = self._links.missing_since, self._clock() - self._config.recovery_timeout_s
         expired = [span for span in pending.homeless if since.get((pending.layer, span.expert), oldest + 1) <= oldest]
         if expired:
             self._counters.failed_layers += 1
             raise ExpertsUnavailable(self._missing_text(self._config.recovery_timeout_s), _rows(expired))
 
     def _missing_text(self, waited_s: float) -> str:
-        missing = sorted(self.missing_since)
+        missing = sorted(self._links.missing_since)
         named = ", ".join(f"{expert} of layer {layer}" for layer, expert in missing[:3])
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         return f"no shard hosts expert {named}{more}; none came within {waited_s:g} s"

@@ -141,6 +141,8 @@ class Link:
     """Rows of ours that it has or will get: its queue as far as we fill it."""
     load: int = 0
     """Rows of others that waited there when it last replied."""
+    errors: int = 0
+    """Calls that it failed to compute since it last computed one."""
     suspect: bool = False
     """Late with a call, or failing: chosen last until it computes again."""
     retired: bool = False
