@@ -335,9 +335,12 @@ def test_what_waits_behind_a_late_call_goes_elsewhere(make: Callable[..., Dispat
     cluster = FakeCluster(max_rows=1, max_calls=2)
     cluster.add("a", ALL)
     cluster.add("b", ALL)
-    dispatcher = make(cluster)
+    dispatcher = make(cluster, recovery_timeout_s=600)
     cluster.shards["a"].acts.extend([Act.HOLD] * 2)
+    give_up = threading.Timer(WAIT_S, dispatcher.stop)
+    give_up.start()
     run(dispatcher, (0, 0, 0, 12))
+    give_up.cancel()
     assert len(cluster.shards["a"].calls) <= 2
 
 
