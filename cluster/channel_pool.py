@@ -51,6 +51,8 @@ class ChannelPool:
         self._lost: list[tuple[str, str]] = []
         self._changed = threading.Condition()
         self._closing = False
+        self.faults = 0
+        """Unexpected errors, each of them logged."""
         self._thread = threading.Thread(target=self._loop, name="herd-channels", daemon=True)
         self._thread.start()
 
@@ -115,6 +117,7 @@ class ChannelPool:
             if isinstance(error, HandshakeRefused):
                 logger.warning("shard %s refused this engine: %s", shard_id, error)
             elif not isinstance(error, PeerLost):
+                self.faults += 1
                 logger.exception("connecting to shard %s failed", shard_id)
             self._report(shard_id, str(error))
 
@@ -138,4 +141,5 @@ class ChannelPool:
         try:
             self._on_failed(shard_id, reason)
         except Exception:  # the edge of the thread, as above
+            self.faults += 1
             logger.exception("nobody could be told that shard %s is out of reach", shard_id)

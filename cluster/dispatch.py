@@ -87,6 +87,7 @@ class Dispatcher:
             "epoch": self.epoch,
             "shards_connected": len(links),
             "missing": len(links.missing_since),
+            "connect_faults": links.connect_faults,
         }
 
     def stop(self) -> None:

@@ -6,6 +6,7 @@ Shapes: N rows, D hidden."""
 from __future__ import annotations
 
 import socket
+from abc import abstractmethod
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -81,8 +82,9 @@ class FrameChannel(FrameStream):
         self._send_call(slot, header + encode_groups(groups), call, num_bytes)
         self._sent_calls[slot] = (call.call_id, num_rows)
 
+    @abstractmethod
     def _send_call(self, slot: int, head: bytes, call: Call, num_bytes: int) -> None:
-        raise NotImplementedError
+        """Send a header with its groups, and see to it that the call's rows get there."""
 
     def poll(self) -> list[Reply]:
         try:

@@ -4,6 +4,7 @@ both ends of a connection, which say what a good header is and what to do with a
 from __future__ import annotations
 
 import socket
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 
@@ -16,7 +17,7 @@ for large ones, so that after a larger frame it is `_READ_LESS_BYTES`."""
 _READ_LESS_BYTES = 4 << 10
 
 
-class FrameStream:
+class FrameStream(ABC):
     """Frames are a header, `_inline_bytes(header)` bytes of groups or message, and the payload's rest: rows, which are
     received straight into `_rows_memory(header)`."""
 
@@ -35,19 +36,19 @@ class FrameStream:
         self._rows = memoryview(b"")
         self._unsent: deque[tuple[memoryview, int]] = deque()
 
+    @abstractmethod
     def _inline_bytes(self, header: Header) -> int:
         """Check a header (perhaps again), and say how much follows it before the rows. Raises `ProtocolError`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _rows_memory(self, header: Header) -> memoryview:
         """Where the rows go, at their exact size."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _deliver(self, header: Header, inline: memoryview) -> None:
         """A frame is whole. `inline` is valid during the call. Raises `ProtocolError`."""
-        raise NotImplementedError
 
-    def _sent(self, slot: int) -> None:
+    def _sent(self, slot: int) -> None:  # noqa: B027 - a hook, and most have nothing to do
         """The socket has taken the rest of the frame that was queued for `slot`."""
 
     def fileno(self) -> int:

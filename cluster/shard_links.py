@@ -49,6 +49,11 @@ class ShardLinks:
         return self._links.get(link.shard_id) is link
 
     @property
+    def connect_faults(self) -> int:
+        """Unexpected errors while connecting."""
+        return self._pool.faults
+
+    @property
     def has_news(self) -> bool:
         """Whether `take_news` would change anything."""
         return bool(self._news)

@@ -73,6 +73,7 @@ class ExpertRouter:
             logger.warning("router %s is back with the map of epoch %d", name, self._state.map.epoch)
         self._published: ExpertMap = self._state.map
         self._stored = 0
+        self._faults = 0
         self._storing = asyncio.Lock()
         self._news = asyncio.Event()
         self._ticker = asyncio.get_running_loop().create_task(self._tick())
@@ -131,7 +132,7 @@ class ExpertRouter:
         """See `RouterState.status`."""
         status = self._state.status()
         node = ray.get_runtime_context().get_node_id()
-        status["router"] |= {"name": self._name, "node": node, "pid": os.getpid()}
+        status["router"] |= {"name": self._name, "node": node, "pid": os.getpid(), "faults": self._faults}
         return status
 
     async def _commit(self) -> None:
@@ -162,6 +163,7 @@ class ExpertRouter:
                 await self._commit()
             except Exception:
                 # A checkpoint that cannot be stored now may be later; until then nobody sees the change.
+                self._faults += 1
                 logger.exception("the router's tick failed")
         logger.info("router %s is not needed any more", self._name)
         self._store.delete()

@@ -27,6 +27,8 @@ class MapWatcher:
         self._call = call
         self._engine_id = engine_id
         self._stopping = threading.Event()
+        self.faults = 0
+        """Unexpected errors, each of them logged."""
         self._lost: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def start(self, on_map: Callable[[ExpertMap], None]) -> None:
@@ -48,22 +50,22 @@ class MapWatcher:
         while not self._stopping.is_set():
             try:
                 wire = self._call("watch", self._engine_id, epoch, WATCH_S, timeout_s=WATCH_S + CALL_S)
+                if wire is not None and not self._stopping.is_set():
+                    epoch = self._take(ExpertMap.from_wire(wire), on_map)
             except RouterAway as error:
                 logger.info("no news of the experts: %s", error.message)
                 self._stopping.wait(_PAUSE_S)
-                continue
-            except Exception:
+            except Exception:  # the edge of the thread: an engine must not be left with an old map for good
+                self.faults += 1
                 logger.exception("asking for the expert map failed")
                 self._stopping.wait(_PAUSE_S)
-                continue
-            if wire is None or self._stopping.is_set():
-                continue
-            expert_map = ExpertMap.from_wire(wire)
-            epoch = expert_map.epoch
-            # A map without any shard says no more than broken connections do, and may be that of a router that has
-            # forgotten everything: the shards that still answer will be in its next one.
-            if expert_map.shards:
-                on_map(expert_map)
+
+    def _take(self, expert_map: ExpertMap, on_map: Callable[[ExpertMap], None]) -> int:
+        # A map without any shard says no more than broken connections do, and may be that of a router that has
+        # forgotten everything: the shards that still answer will be in its next one.
+        if expert_map.shards:
+            on_map(expert_map)
+        return expert_map.epoch
 
     def _report(self) -> None:
         while not self._stopping.is_set():
@@ -72,5 +74,6 @@ class MapWatcher:
                 self._call("report_lost", shard_id, self._engine_id)
             except (queue.Empty, RouterAway):
                 continue  # a router that is away will miss the shard's beats itself
-            except Exception:
+            except Exception:  # likewise
+                self.faults += 1
                 logger.exception("reporting a lost shard failed")

@@ -60,7 +60,8 @@ class RemoteExperts:
 
     def stats(self) -> dict[str, float]:
         """The dispatcher's figures, for the engine's."""
-        return {f"experts_{name}": value for name, value in self.backend.stats().items()}
+        figures = self.backend.stats() | {"watch_faults": self._watcher.faults}
+        return {f"experts_{name}": value for name, value in figures.items()}
 
     def _connect(self, endpoint: ShardEndpoint, expert_map: ExpertMap) -> Channel:
         return connect(

@@ -116,7 +116,7 @@ class ShardHost:
         server.start()
 
         def load() -> dict[str, Any]:
-            return compute.load() | {"stuck_for_s": server.stuck_for_s}
+            return compute.load() | {"stuck_for_s": server.stuck_for_s, "beat_faults": self._lease.faults}
 
         def enter(epoch: int) -> None:
             compute.entered_epoch = epoch

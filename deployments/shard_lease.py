@@ -54,6 +54,8 @@ class ShardLease:
         self._on_entry: Callable[[int], None] = lambda epoch: None
         self._ending = threading.Event()
         self._beats: threading.Thread | None = None
+        self.faults = 0
+        """Beats that failed unexpectedly, each of them logged."""
         self.failure: str | None = None
         """Why this process cannot be a shard any more, if so: it has to be replaced."""
 
@@ -130,7 +132,8 @@ class ShardLease:
                 continue
             except HerdError as error:
                 self.failure = error.message
-            except Exception:
+            except Exception:  # the edge of the thread: a shard that is not heard of loses its place
+                self.faults += 1
                 logger.exception("a beat failed")
 
     def _return(self, address: tuple[str, int, str]) -> None:

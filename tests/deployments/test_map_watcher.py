@@ -106,3 +106,21 @@ def test_lost_shards_are_reported_also_after_the_router_was_away(router: FakeRou
     router.refuse_reports = False
     watcher.report_lost("b", "it broke off")
     assert router.reports.get(timeout=WAIT_S) == ("b", "engine")
+
+
+def test_a_map_that_cannot_be_taken_in_does_not_end_the_watch(router: FakeRouter) -> None:
+    taken: queue.Queue[int] = queue.Queue()
+
+    def take(expert_map: ExpertMap) -> None:
+        if expert_map.epoch == 1:
+            raise ValueError("planted")
+        taken.put(expert_map.epoch)
+
+    watcher = MapWatcher(router.call, "engine")
+    watcher.start(take)
+    router.answers.put(map_of(1, "a"))
+    router.answers.put(map_of(2, "a"))
+    assert taken.get(timeout=WAIT_S) == 2
+    assert watcher.faults == 1
+    watcher.stop()
+    router.answers.put(None)
