@@ -3,6 +3,7 @@ the processes and the router are left out."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -53,6 +54,10 @@ class ShardThreads:
         self._epoch = 0
         self.publish()
         self.dispatcher.wait_complete(20)
+        deadline = time.monotonic() + 20
+        while self.dispatcher.stats()["shards_connected"] < num_shards and time.monotonic() < deadline:
+            self.dispatcher.refresh()  # replicas, too
+            time.sleep(0.001)
 
     def _start(self, slot: int, hosted: Sequence[Expert], loader: Loader) -> None:
         compute = ExpertCompute({expert: loader.expert(*expert) for expert in hosted})

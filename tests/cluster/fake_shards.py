@@ -5,6 +5,7 @@ An expert's result is a known function of (layer, expert, row), so that a lost, 
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -13,6 +14,7 @@ from enum import Enum, auto
 import torch
 from torch import Tensor
 
+from herd.cluster.dispatch import Dispatcher
 from herd.cluster.expert_frames import Kind
 from herd.cluster.expert_map import Expert, ExpertMap, ShardEndpoint
 from herd.cluster.transport import Call, PeerLost, Reply
@@ -180,3 +182,12 @@ class FakeCluster:
         map_ = ExpertMap(self.epoch, "model", "token", endpoints, {n: s.experts for n, s in shards.items()})
         update(map_)
         return map_
+
+    def wait_connected(self, dispatcher: Dispatcher) -> None:
+        """Replicas, too: `Dispatcher.wait_complete` is content with one shard for each expert."""
+        wanted = sum(shard.reachable for shard in self.shards.values())
+        deadline = time.monotonic() + 20
+        while dispatcher.stats()["shards_connected"] < wanted:
+            assert time.monotonic() < deadline, "not every shard got connected"
+            dispatcher.refresh()
+            time.sleep(0.001)

@@ -33,6 +33,7 @@ def make() -> Iterator[Callable[..., Dispatcher]]:
         cluster.publish(made[-1].update)
         if complete:
             made[-1].wait_complete(WAIT_S)
+            cluster.wait_connected(made[-1])
         return made[-1]
 
     yield build

@@ -86,8 +86,7 @@ def is_whole(status: dict[str, Any]) -> bool:
 
 def test_answers_are_those_of_one_process(shard_app: ShardedApp, tiny_app: LiveApp) -> None:
     assert completions(shard_app) == completions(tiny_app)
-    stats = shard_app.stats()
-    assert stats["experts_shards_connected"] == 3
+    stats = shard_app.wait_for("experts_shards_connected == 3")
     assert stats["experts_missing"] == 0
     shard_app.assert_idle()
 
