@@ -3,6 +3,7 @@
 # make check   lint, types and the default tests: what must be green before a commit
 # make gpu     what needs a CUDA device: its tests, then its benchmarks
 # make bench   every benchmark that runs on this machine
+# make kernels-aot   compile every Triton kernel for GPUs that are not here; writes docs/kernels-aot.md
 #
 # ARGS go to `herd serve`, PYTEST_ARGS to pytest:  make serve ARGS="--port 9000"
 
@@ -22,7 +23,7 @@ else
 TORCH ?= torch
 endif
 
-.PHONY: serve test check lint gpu bench clean
+.PHONY: serve test check lint gpu bench kernels-aot clean
 
 serve: $(RUNTIME)
 	$(BIN)/herd serve $(ARGS)
@@ -38,6 +39,7 @@ lint: $(DEVELOPMENT)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 gpu: $(DEVELOPMENT)
+	-$(BIN)/python bench/kernels_aot.py --here
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 	set -e; for script in $(wildcard bench/gpu_*.py); do $(BIN)/python $$script; done
 
@@ -45,6 +47,9 @@ bench: $(RUNTIME)
 	$(BIN)/python bench/engine_decode.py
 	$(BIN)/python bench/cpu_kernels.py
 	$(BIN)/python bench/dispatch.py
+
+kernels-aot: $(RUNTIME)
+	$(BIN)/python bench/kernels_aot.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -43,8 +43,8 @@ def attention(queries: int, keys: int) -> dict[str, float]:
     k = torch.randn(pages, K, D, B).bfloat16()
     v = torch.randn(pages, K, B, D).bfloat16()
     q = torch.randn(queries, H, D).bfloat16()
-    where = PagedKeys(torch.arange(pages, dtype=torch.int32)[None], torch.tensor([keys], dtype=torch.int32), [keys])
-    ours = microseconds(lambda: paged_attention(q, k, v, [0, queries], where, D**-0.5))
+    where = PagedKeys.build(torch.arange(pages, dtype=torch.int32)[None], [keys], [0, queries])
+    ours = microseconds(lambda: paged_attention(q, k, v, where, D**-0.5))
     k_all = k.permute(1, 0, 3, 2).reshape(K, keys, D).repeat_interleave(H // K, 0)[None]
     v_all = v.transpose(0, 1).reshape(K, keys, D).repeat_interleave(H // K, 0)[None]
     mask = torch.ones(queries, keys, dtype=torch.bool).tril_(keys - queries)

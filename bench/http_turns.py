@@ -1,10 +1,11 @@
 """Several OpenAI servers under the same closed loop, taking turns, and where the CPU time of each goes.
 
     python bench/http_turns.py --target herd=http://127.0.0.1:8000@PID --target vllm=http://127.0.0.1:8201@PID \\
-        --model bench-scout [--concurrency 1,8,32] [--rounds 5] [--out bench/results/NAME.json]
+        --model bench-scout [--concurrency 1,8,32] [--rounds 5] [--ids 512] [--out bench/results/NAME.json]
 
 N workers, each sending its next request when the last has ended; streaming, greedy, end-of-sequence ignored, about 28
-prompt tokens, 128 new ones, every prompt beginning with another number so that no prefix cache helps. In each round
+prompt tokens, 128 new ones, every prompt beginning with another number so that no prefix cache helps; with `--ids N`
+prompts are N random token ids, for measuring prefill: its rate is N over the time to the first token. In each round
 every target runs every level once; figures are medians over the rounds. `@PID` is the server's process: with it come
 tokens per CPU second of its whole tree, and for Herd the CPU share of gateway and ingress. Loopback only.
 """
@@ -26,6 +27,7 @@ from urllib.parse import urlparse
 import aiohttp
 from process_cpu import cpu_by_role
 
+Prompt = str | list[int]
 WORDS = ("index", "yield", "value", "object", "queue", "string", "method", "import", "return", "thread", "error")
 
 
@@ -44,7 +46,7 @@ class Target:
         return cls(label, url.rstrip("/"), int(pid) if pid else None)
 
 
-async def one(session: aiohttp.ClientSession, target: Target, model: str, max_tokens: int, prompt: str) -> dict:
+async def one(session: aiohttp.ClientSession, target: Target, model: str, max_tokens: int, prompt: Prompt) -> dict:
     """One streamed completion: time to the first token, total seconds, tokens."""
     body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True}
     body |= {"stream": True, "stream_options": {"include_usage": True}}
@@ -68,6 +70,13 @@ async def one(session: aiohttp.ClientSession, target: Target, model: str, max_to
     return {"ttft": first - began, "tokens": tokens, "tpot": (last - first) / max(1, tokens - 1)}
 
 
+def random_prompt(args: argparse.Namespace, rng: random.Random) -> Prompt:
+    """Text, or token ids that are no special ones."""
+    if args.ids:
+        return [rng.randrange(300, args.vocab - 300) for _ in range(args.ids)]
+    return f"{rng.randrange(10**9)} " + " ".join(rng.choice(WORDS) for _ in range(args.prompt_words))
+
+
 async def level(target: Target, args: argparse.Namespace, streams: int, rng: random.Random) -> dict:
     """One round of one target at one number of streams."""
     left = streams * args.per_worker if streams > 1 else args.single
@@ -77,7 +86,7 @@ async def level(target: Target, args: argparse.Namespace, streams: int, rng: ran
         nonlocal left
         while left > 0:
             left -= 1
-            prompt = f"{rng.randrange(10**9)} " + " ".join(rng.choice(WORDS) for _ in range(args.prompt_words))
+            prompt = random_prompt(args, rng)
             done.append(await one(session, target, args.model, args.max_tokens, prompt))
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
@@ -92,6 +101,7 @@ async def level(target: Target, args: argparse.Namespace, streams: int, rng: ran
     spent = sum(cpu.values())
     return {
         "tok_s": tokens / wall,
+        "prefill_tok_s": args.ids / statistics.median(request["ttft"] for request in done) if args.ids else None,
         "ttft_ms": 1e3 * statistics.median(request["ttft"] for request in done),
         "tpot_ms": 1e3 * statistics.median(request["tpot"] for request in done),
         "tok_per_cpu_s": tokens / spent if spent else None,
@@ -133,10 +143,11 @@ async def run(args: argparse.Namespace) -> dict:
         for streams in levels:
             for target in args.target:
                 rounds.setdefault((target.label, streams), []).append(await level(target, args, streams, rng))
+    rate = "prefill_tok_s" if args.ids else "tok_s"
     cells = {streams: {t.label: median_of(rounds[t.label, streams]) for t in args.target} for streams in levels}
     base = args.target[-1].label
     ratios = {
-        streams: {label: round(figures["tok_s"] / by_label[base]["tok_s"], 2) for label, figures in by_label.items()}
+        streams: {label: round(figures[rate] / by_label[base][rate], 2) for label, figures in by_label.items()}
         for streams, by_label in cells.items()
     }
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
@@ -145,7 +156,7 @@ async def run(args: argparse.Namespace) -> dict:
         "commit": commit.stdout.strip(),
         "versions": await versions(args.target),
         "rounds": args.rounds,
-        f"tok_s ratio to {base}": ratios,
+        f"{rate} ratio to {base}": ratios,
         "medians": cells,
     }
 
@@ -159,6 +170,8 @@ def main() -> None:
     parser.add_argument("--per-worker", type=int, default=2)
     parser.add_argument("--single", type=int, default=4, help="requests a round at one stream")
     parser.add_argument("--prompt-words", type=int, default=24)
+    parser.add_argument("--ids", type=int, default=0, help="prompts of this many random token ids instead of words")
+    parser.add_argument("--vocab", type=int, default=32768, help="below which --ids draws")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)

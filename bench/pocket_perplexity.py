@@ -1,9 +1,12 @@
-"""Perplexity of `pocket` on held-out text, by domain, with right and with wrong routing.
+"""Perplexity of `pocket` on held-out text, by domain, with right and with wrong routing, and quantised.
 
-    python bench/pocket_perplexity.py HELDOUT_DIR [--dtype bfloat16] [--wrong-routing] [--cache-dir DIR] [--out FILE]
+    python bench/pocket_perplexity.py [HELDOUT_DIR] [--dtype bfloat16] [--wrong-routing] [--quantize int8,int4,fp8]
+        [--windows N] [--cache-dir DIR] [--out FILE]
 
-HELDOUT_DIR holds one text file a domain, documents separated by NUL. Windows: the first 1,024 tokens of each document,
-about 6,000 tokens a domain; in chat transcripts only the answer counts. Prints one JSON object.
+HELDOUT_DIR (../shared/pocket/heldout) holds one text file a domain, documents separated by NUL. Windows: the first
+1,024 tokens of each document, about 6,000 tokens a domain; in chat transcripts only the answer counts. `--windows`
+takes only so many of each domain. `--quantize` adds each scheme's perplexity and its ratio to that of the plain
+weights. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import argparse
 import json
 import math
 import platform
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +30,7 @@ from herd.kernels.route import Route
 from herd.model import decoder as decoder_module
 from herd.model.decoder import Batch, Decoder, GroupPages
 from herd.model.kv_cache import KvCache
+from herd.model.quantization import served_scheme, weight_sizes
 from herd.model.served_model import ServedModel, open_model
 from herd.model.source import resolve_model
 
@@ -40,8 +45,8 @@ _ROWS = 128
 class Scorer:
     """Negative log-likelihoods of one sequence at a time, through the decoder that serves."""
 
-    def __init__(self, served: ServedModel, dtype: torch.dtype) -> None:
-        self.decoder: Decoder = served.decoder(dtype=dtype)
+    def __init__(self, served: ServedModel, dtype: torch.dtype, quantize: str = "none") -> None:
+        self.decoder: Decoder = served.decoder(dtype=dtype, quantize=quantize)
         config = served.config
         self._local = config.num_local_layers > 0
         self._cache = KvCache(
@@ -57,9 +62,9 @@ class Scorer:
         count = len(ids) - 1
         positions_T = torch.arange(count)
         tables = torch.arange(self._cache.places[0].slot, WINDOW // 16 + 1, dtype=torch.int32)[None]
-        keys = PagedKeys(tables, torch.tensor([count], dtype=torch.int32), [count])
+        keys = PagedKeys.build(tables, [count], [0, count])
         pages = {(self._local, 0): GroupPages(positions_T, keys)}
-        batch = Batch(torch.tensor(ids[:-1]), positions_T, [0, count], pages)
+        batch = Batch(torch.tensor(ids[:-1]), positions_T, pages)
         hidden_TD = self.decoder.forward(batch, self._cache)
         targets_T = torch.tensor(ids[1:])
         parts = zip(hidden_TD.split(_ROWS), targets_T.split(_ROWS), strict=True)
@@ -111,19 +116,31 @@ def with_routing(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor, int], 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("heldout", type=Path)
+    heldout = Path(__file__).resolve().parents[2] / "shared" / "pocket" / "heldout"
+    parser.add_argument("heldout", type=Path, nargs="?", default=heldout)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--wrong-routing", action="store_true")
+    parser.add_argument("--quantize", default="", help="schemes, separated by commas")
+    parser.add_argument("--windows", type=int, help="of each domain at most (default: about 6,000 tokens' worth)")
     parser.add_argument("--cache-dir", type=Path, default=Path.home() / ".cache" / "herd")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     served = open_model(resolve_model("pocket", cache_dir=args.cache_dir))
-    scorer = Scorer(served, getattr(torch, args.dtype))
+    dtype = getattr(torch, args.dtype)
+    scorer = Scorer(served, dtype)
     domains = {
-        path.stem: windows(served, path.read_text(encoding="utf-8")) for path in sorted(args.heldout.glob("*.txt"))
+        path.stem: windows(served, path.read_text(encoding="utf-8"))[: args.windows]
+        for path in sorted(args.heldout.glob("*.txt"))
     }
-    result: dict[str, object] = {"dtype": args.dtype, "torch": torch.__version__, "machine": platform.machine()}
-    result["right"] = perplexity(scorer, domains)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    result: dict[str, object] = {
+        "dtype": args.dtype,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "commit": commit.stdout.strip(),
+        "tokens": sum(len(ids) - 1 - skip for found in domains.values() for ids, skip in found),
+    }
+    plain = result["right"] = perplexity(scorer, domains)
     if args.wrong_routing:
         experts = served.config.num_experts
         original = decoder_module.route
@@ -132,6 +149,15 @@ def main() -> None:
             result["next_expert"] = perplexity(scorer, domains)
         finally:
             decoder_module.route = original
+    del scorer
+    for scheme in filter(None, args.quantize.split(",")):
+        found = perplexity(Scorer(served, dtype, scheme), domains)
+        sizes = weight_sizes(served.config, served_scheme(scheme, served.config), dtype.itemsize)
+        result[scheme] = {
+            "ratio": round(found["geometric_mean"] / plain["geometric_mean"], 4),
+            "bytes": sum(sizes.values()),
+            **found,
+        }
     print(json.dumps(result))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -22,9 +22,19 @@ class EngineConfig(BaseModel):
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where the model runs")
     threads: int | None = Field(default=None, ge=1, description="CPU compute threads (default: by the number of cores)")
-    block_size: int = Field(
-        default=16, ge=1, description="tokens per KV block; lowered to a divisor of the attention chunk"
+    block_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens per KV block, lowered to a divisor of the attention chunk (default: 16 on CPU, 64 on GPU)",
     )
+    kv_dtype: Literal["auto", "fp8"] = Field(
+        default="auto", description="how keys and values are stored: auto as the model computes, fp8 halves them (GPU)"
+    )
+    numerics: Literal["exact", "fast"] = Field(
+        default="exact",
+        description="exact: equal requests give equal bits, whatever runs beside them; fast promises no such thing",
+    )
+    cuda_graphs: bool = Field(default=True, description="record decoding steps on a GPU and replay them")
     kv_memory: Bytes | None = Field(default=None, description="KV cache size, such as 2GiB (default: by free memory)")
     max_num_seqs: int = Field(default=64, ge=1, description="requests computed in one step at most")
     max_num_batched_tokens: int | None = Field(

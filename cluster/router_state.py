@@ -104,7 +104,7 @@ class RouterState:
         # Where nothing is vacant, the process that it replaces may be dead without our knowing yet.
         may_mirror = all(lease.heard_at > first_asked for lease in self._leases.values())
         try:
-            slot = choose_slot(asker, self._slots, self.spec.expert_bytes, self._leases.values(), may_mirror=may_mirror)
+            slot = choose_slot(asker, self._slots, self.spec.num_bytes, self._leases.values(), may_mirror=may_mirror)
         except PlacementError:
             self._waiting.leave(shard_id)
             raise
@@ -242,7 +242,7 @@ class RouterState:
         typical = sorted(capacities, key=lambda c: math.inf if c is None else c)[(len(capacities) - 1) // 2]
         try:
             placement = place(
-                dict.fromkeys(self.spec.experts, self.spec.expert_bytes),
+                self.spec.sizes,
                 [*capacities, *[typical] * num_absent],
                 nodes=[*(asker.node_id for asker in askers), *(f"absent {i}" for i in range(num_absent))],
                 replicas=self.spec.replicas,

@@ -63,7 +63,7 @@ def _shard(lease: Lease, spec: RouterSpec, load: ClusterLoad, now: float) -> dic
         "host": lease.endpoint.host if lease.endpoint else "",
         "experts": len(lease.experts),
         "hosted": pack_experts(lease.experts),
-        "bytes": len(lease.experts) * spec.expert_bytes,
+        "bytes": spec.num_bytes(lease.experts),
         "epoch": lease.entered,
         "beat_age_s": now - lease.heard_at,
         "pid": lease.pid,

@@ -6,19 +6,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..kernels.paged_attention import PagedKeys
-from ..model.decoder import Batch, Decoder, GroupPages
+from ..model.decoder import Batch, Decoder
 from ..model.kv_cache import KvCache
 from ..model.penalties import PenaltyState, SamplingRow, needs_history
 from ..model.sampling import Drawn, Sampler
+from .decode_graphs import DecodeGraphs
+from .host_batch import HostBatch, HostPages
 from .kv_manager import KvManager
 from .overlap import OverlapTuner
-from .page_tables import PageTables
+from .page_tables import GroupPage, PageTables
 from .request import Request, TokenLogprob
 from .scheduler import PlannedRequest, StepPlan
+from .upload import upload
 
 Draw = tuple[int, TokenLogprob | None]
 
@@ -34,8 +37,10 @@ class ModelRunner:
         kv: KvManager,
         max_num_seqs: int,
         overlap: OverlapTuner | None = None,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
-        """`overlap` may split steps in halves; None never does, which is right for experts that compute here."""
+        """`overlap` may split steps in halves; None never does, which is right for experts that compute here.
+        `graphs`, of a function from a batch to its logits, replays decoding steps; None computes each anew."""
         self._decoder = decoder
         self._cache = cache
         self._sampler = sampler
@@ -44,6 +49,7 @@ class ModelRunner:
         self._tables = PageTables(kv.layout, max_num_seqs)
         self._penalties: dict[str, PenaltyState] = {}
         self._overlap = overlap or OverlapTuner("off")
+        self._graphs = graphs
         self.split_steps = 0
         """Steps that were computed as two halves."""
 
@@ -53,15 +59,9 @@ class ModelRunner:
         through the plan; nothing is drawn then."""
         for request in plan.preempted:
             self._tables.forget(request.id)
-        hidden_TD = self._forward(plan.entries)
-        if not plan.sampling:
+        logits_SV = self._logits(plan)
+        if logits_SV is None:
             return []
-        hidden_SD = hidden_TD
-        if len(plan.sampling) < hidden_TD.shape[0]:
-            ends = np.cumsum([entry.num_tokens for entry in plan.entries]) - 1
-            last_S = [end for end, entry in zip(ends.tolist(), plan.entries, strict=True) if entry.samples]
-            hidden_SD = hidden_TD[torch.tensor(last_S, device=self._device)]
-        logits_SV = self._decoder.logits(hidden_SD)
         rows = [self._sampling_row(entry.request) for entry in plan.sampling]
         return [to_draw(drawn) for drawn in self._sampler.sample(logits_SV, rows)]
 
@@ -74,49 +74,64 @@ class ModelRunner:
         self._tables.forget(request_id)
         self._penalties.pop(request_id, None)
 
-    def _forward(self, entries: Sequence[PlannedRequest]) -> Tensor:
-        with self._overlap.step([entry.num_tokens for entry in entries]) as cut:
-            if not cut:
-                return self._decoder.forward(self._batch(entries), self._cache)
-            self.split_steps += 1
-            halves = [self._batch(entries[:cut]), self._batch(entries[cut:])]
-            return torch.cat(self._decoder.forward_interleaved(halves, self._cache))
+    def _logits(self, plan: StepPlan) -> Tensor | None:
+        """Of the rows that are sampled from, in order; None if there are none."""
+        if self._graphs is not None and len(plan.sampling) == plan.total_tokens:
+            return self._graphs.run(self._host_batch(plan.entries))
+        hidden_SD = self._forward(plan.entries)
+        return self._decoder.logits(hidden_SD) if plan.sampling else None
 
-    def _batch(self, entries: Sequence[PlannedRequest]) -> Batch:
+    def _forward(self, entries: Sequence[PlannedRequest]) -> Tensor:
+        """Hidden states of the rows that are sampled from, in order."""
+        with self._overlap.step([entry.num_tokens for entry in entries]) as cut:
+            parts = [entries[:cut], entries[cut:]] if cut else [entries]
+            batches, last_S = self._batches(parts)
+            if cut:
+                self.split_steps += 1
+                hidden_TD = torch.cat(self._decoder.forward_interleaved(batches, self._cache))
+            else:
+                hidden_TD = self._decoder.forward(batches[0], self._cache)
+        return hidden_TD if last_S is None else hidden_TD[last_S]
+
+    def _batches(self, parts: Sequence[Sequence[PlannedRequest]]) -> tuple[list[Batch], Tensor | None]:
+        """The parts of a step on the device, and which rows of all of them are sampled from; None for every row."""
+        spans = self._device.type == "cuda"
+        hosts = [self._host_batch(entries) for entries in parts]
+        arrays = [array for host in hosts for array in host.arrays(spans=spans)]
+        last_S = _last_rows([entry for entries in parts for entry in entries])
+        if last_S is not None:
+            arrays.append(last_S)
+        tensors = iter(upload(arrays, self._device))
+        return [host.batch(tensors, spans=spans) for host in hosts], next(tensors, None)
+
+    def _host_batch(self, entries: Sequence[PlannedRequest]) -> HostBatch:
         layout = self._kv.layout
         requests = [entry.request for entry in entries]
         tables = [self._kv.tables(request.id) for request in requests]
         rows_S = np.array([self._tables.sync(r.id, t) for r, t in zip(requests, tables, strict=True)], np.int64)
         counts_S = np.array([entry.num_tokens for entry in entries], np.int64)
         firsts_S = np.array([request.num_computed_tokens for request in requests], np.int64)
-        q_starts = np.concatenate(([0], np.cumsum(counts_S)))
+        starts_S = np.concatenate(([0], np.cumsum(counts_S)))
         sequence_T = np.repeat(np.arange(len(entries)), counts_S)
-        positions_T = np.arange(len(sequence_T)) - q_starts[sequence_T] + firsts_S[sequence_T]
+        positions_T = np.arange(len(sequence_T)) - starts_S[sequence_T] + firsts_S[sequence_T]
         ids: list[int] = []
         for request, num_tokens, _ in entries:
             first = request.num_computed_tokens
             ids += request.token_ids[first : first + num_tokens]
-        starts_S = {False: np.zeros_like(firsts_S), True: np.array([t.local_start for t in tables], np.int64)}
-        pages = {}
+        origins_S = {False: np.zeros_like(firsts_S), True: np.array([t.local_start for t in tables], np.int64)}
+        lens_S: dict[bool, npt.NDArray[np.int32]] = {}
+        pages: dict[GroupPage, HostPages] = {}
         for kind in self._tables.kinds:
-            start_S = starts_S[kind[0]]
-            block_T = (positions_T - start_S[sequence_T]) // layout.block_size
+            origin_S = origins_S[kind[0]]
+            keys_S = firsts_S + counts_S - origin_S
+            lens_S[kind[0]] = keys_S.astype(np.int32)
+            block_T = (positions_T - origin_S[sequence_T]) // layout.block_size
             page_T = self._tables.pages(kind, rows_S[sequence_T], block_T).astype(np.int64)
-            lens_S = firsts_S + counts_S - start_S
-            blocks = -(-int(lens_S.max()) // layout.block_size)
-            pages[kind] = GroupPages(
-                slots_T=self._tensor(page_T * layout.block_size + positions_T % layout.block_size),
-                keys=PagedKeys(
-                    self._tensor(self._tables.tables(kind, rows_S, blocks)),
-                    self._tensor(lens_S.astype(np.int32)),
-                    lens_S.tolist(),
-                ),
+            pages[kind] = HostPages(
+                slots_T=page_T * layout.block_size + positions_T % layout.block_size,
+                tables_SN=self._tables.tables(kind, rows_S, -(-int(keys_S.max()) // layout.block_size)),
             )
-        ids_T = torch.tensor(ids, device=self._device)
-        return Batch(ids_T, self._tensor(positions_T), q_starts.tolist(), pages)
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+        return HostBatch(np.array(ids, np.int64), positions_T, starts_S, lens_S, pages)
 
     def _sampling_row(self, request: Request) -> SamplingRow:
         params = request.spec.sampling
@@ -125,6 +140,13 @@ class ModelRunner:
         state = self._penalties.setdefault(request.id, PenaltyState())
         split = request.num_prompt_tokens
         return SamplingRow(params, request.num_tokens, request.token_ids[:split], request.token_ids[split:], state)
+
+
+def _last_rows(entries: Sequence[PlannedRequest]) -> npt.NDArray[np.int64] | None:
+    """Rows that are sampled from; None if that is every row, or if there is none."""
+    ends_S = np.cumsum([entry.num_tokens for entry in entries]) - 1
+    last_S = ends_S[[entry.samples for entry in entries]]
+    return last_S if 0 < len(last_S) <= ends_S[-1] else None
 
 
 def to_draw(drawn: Drawn) -> Draw:

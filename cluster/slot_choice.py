@@ -4,7 +4,7 @@ made or of time."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from .errors import PlacementError
 from .expert_map import Expert
@@ -16,14 +16,15 @@ from .waiting_room import Asker
 def choose_slot(
     asker: Asker,
     slots: Sequence[Sequence[Expert]],
-    expert_bytes: int,
+    num_bytes: Callable[[Iterable[Expert]], int],
     leases: Collection[Lease],
     *,
     may_mirror: bool,
 ) -> int | None:
     """In this order: the slot whose experts the asker still holds, unless another shard serves it; a vacant slot; where
     `may_mirror`, beside the fewest others. Vacant slots whose experts nobody has come first, then those with few copies
-    of theirs on the asker's node, then large ones. None: nothing is vacant. Raises PlacementError."""
+    of theirs on the asker's node, then large ones. `num_bytes`: what experts take. None: nothing is vacant. Raises
+    PlacementError."""
     holders = Counter(lease.slot for lease in leases)
     serving = {lease.slot for lease in leases if lease.is_serving}
     same = [slot for slot, experts in enumerate(slots) if asker.hosted and tuple(experts) == asker.hosted]
@@ -40,7 +41,7 @@ def choose_slot(
     def mirror_rank(slot: int) -> tuple[int, int, int]:
         return (holders[slot], len(nearby.intersection(slots[slot])), slot)
 
-    taken = {slot: len(experts) * expert_bytes for slot, experts in enumerate(slots)}
+    taken = {slot: num_bytes(experts) for slot, experts in enumerate(slots)}
     vacant = [slot for slot in taken if not holders[slot]]
     if vacant:
         return min(_fitting(vacant, taken, asker), key=vacant_rank)

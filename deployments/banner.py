@@ -29,6 +29,7 @@ def ready_banner(effective: Effective, url: str, info: Mapping[str, Any], ingres
         ("Ready", f"{url}/v1   ({_processes(ingress, config.gateway.replicas, config.engine.replicas, info)})"),
         ("Model", " · ".join([name, *_model_facts(info)])),
         ("Memory", " · ".join(_memory_facts(info)) or None),
+        ("Bits", _numerics(info)),
         ("Set", ", ".join(changed_settings(effective)) or None),
         ("Logs", str(logs)),
         ("Stop", "Ctrl-C: running requests finish first; once more to stop at once"),
@@ -78,10 +79,19 @@ def _model_facts(info: Mapping[str, Any]) -> list[str]:
     if params := info.get("parameters"):
         facts.append(f"{format_count(params)} parameters")
     if (dtype := info.get("dtype")) and (device := info.get("device")):
-        facts.append(f"{str(dtype).removeprefix('torch.')} on {device}")
+        weights = info.get("quantize", "none")
+        kind = "" if weights == "none" else f"{weights} weights, "
+        facts.append(f"{kind}{str(dtype).removeprefix('torch.')} on {device}")
     if length := info.get("max_model_len"):
         facts.append(f"context of {length} tokens")
     return facts
+
+
+def _numerics(info: Mapping[str, Any]) -> str | None:
+    """What equal requests can count on, and on which machines."""
+    if info.get("numerics") == "exact":
+        return f"exact: equal for equal requests; class {info.get('numeric_class')}"
+    return "fast: equal requests may differ" if info.get("numerics") else None
 
 
 def _memory_facts(info: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from . import cli_bench, cli_chat, cli_config, cli_models, cli_serve, cli_status, cli_top
+from . import cli_bench, cli_chat, cli_config, cli_convert, cli_models, cli_serve, cli_status, cli_top
 
 app = typer.Typer(
     name="herd",
@@ -23,6 +23,7 @@ app.command()(cli_serve.serve)
 app.command()(cli_chat.chat)
 app.command()(cli_chat.complete)
 app.command()(cli_models.models)
+app.command()(cli_convert.convert)
 app.command()(cli_status.status)
 app.command()(cli_top.top)
 app.command()(cli_bench.bench)

@@ -11,11 +11,14 @@ import typer
 from ..cluster.sizes import format_size
 from ..model.config import parse_config
 from ..model.presets import PRESETS, Preset
+from ..model.quantization import SCHEMES, weight_sizes
 from . import cli_options as o
 from .banner import format_count
 from .config import cache_directory
 
 _BYTES_PER_PARAMETER = 2
+_SIZES = {"bf16": "none", "int8": "int8", "fp8": "fp8", "int4": "int4"}
+"""What a model takes, by scheme of quantisation."""
 
 
 def models(config: o.ConfigFile = None, sets: o.Sets = None, as_json: o.Json = False) -> None:
@@ -28,11 +31,13 @@ def models(config: o.ConfigFile = None, sets: o.Sets = None, as_json: o.Json = F
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
-    typer.echo(f"{'NAME':<10}{'PARAMETERS':>11}{'ACTIVE':>8}{'BF16':>10}  WEIGHTS")
+    sizes = "".join(f"{name.upper():>10}" for name in _SIZES)
+    typer.echo(f"{'NAME':<10}{'PARAMETERS':>11}{'ACTIVE':>8}{sizes}  WEIGHTS")
     for row in rows:
-        name = row["name"] + ("*" if row["assumed"] else "")
+        label = row["name"] + ("*" if row["assumed"] else "")
         counts = f"{format_count(row['parameters']):>11}{format_count(row['active_parameters']):>8}"
-        typer.echo(f"{name:<10}{counts}{format_size(row['bf16_bytes']):>10}  {row['weights']}")
+        sizes = "".join(f"{format_size(row[f'{name}_bytes']):>10}" for name in _SIZES)
+        typer.echo(f"{label:<10}{counts}{sizes}  {row['weights']}")
     if any(row["assumed"] for row in rows):
         typer.echo("* its shape was never published; it is assumed from what was said of it")
 
@@ -43,7 +48,10 @@ def _row(name: str, preset: Preset, cache: Path) -> dict[str, Any]:
         "name": name,
         "parameters": shape.num_parameters,
         "active_parameters": shape.num_active_parameters,
-        "bf16_bytes": shape.num_parameters * _BYTES_PER_PARAMETER,
+        **{
+            f"{kind}_bytes": sum(weight_sizes(shape, SCHEMES[scheme], _BYTES_PER_PARAMETER).values())
+            for kind, scheme in _SIZES.items()
+        },
         "assumed": preset.assumed,
         "weights": _weights(name, cache),
         "summary": preset.summary,

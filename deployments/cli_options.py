@@ -41,6 +41,7 @@ MaxNumSeqs = Annotated[int | None, _field("--max-num-seqs", "engine.max_num_seqs
 ExpertShards = Annotated[int | None, _field("--expert-shards", "experts.shards")]
 ExpertReplicas = Annotated[int | None, _field("--expert-replicas", "experts.replicas")]
 Dtype = Annotated[str | None, _field("--dtype", "model.dtype", "KIND")]
+Quantize = Annotated[str | None, _field("--quantize", "model.quantize", "KIND")]
 LoadFormat = Annotated[str | None, _field("--load-format", "model.load_format", "KIND")]
 MaxModelLen = Annotated[int | None, _field("--max-model-len", "model.max_model_len")]
 ServedName = Annotated[list[str] | None, _field("--served-name", "model.served_names", "NAME")]

@@ -20,6 +20,7 @@ def serve(
     expert_shards: o.ExpertShards = None,
     expert_replicas: o.ExpertReplicas = None,
     dtype: o.Dtype = None,
+    quantize: o.Quantize = None,
     device: o.Device = None,
     threads: o.Threads = None,
     load_format: o.LoadFormat = None,
@@ -38,12 +39,14 @@ def serve(
     \b
     herd serve
     herd serve ./Llama-4-Scout-17B-16E-Instruct --port 9000 --kv-memory 16GiB
+    herd serve ./Llama-4-Scout-17B-16E-Instruct --quantize int4
     herd serve ./Llama-4-Scout-17B-16E-Instruct --expert-shards 3 --expert-replicas 2
     herd serve maverick --load-format dummy --set engine.block_size=32
     """
     options = {
         "model.path": model,
         "model.dtype": dtype,
+        "model.quantize": quantize,
         "model.load_format": load_format,
         "model.max_model_len": max_model_len,
         "model.served_names": served_name or None,

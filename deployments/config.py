@@ -41,6 +41,9 @@ class ModelConfig(_Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="number format of weights and arithmetic"
     )
+    quantize: Literal["auto", "none", "int8", "int4", "fp8"] = Field(
+        default="auto", description="of weights, while they load; auto is as the checkpoint is"
+    )
     seed: int = Field(default=0, ge=0, description="of dummy weights")
     chat_format: Literal["auto", "llama4", "template"] = Field(
         default="auto", description="how messages become a prompt"

@@ -17,6 +17,7 @@ from ray import serve
 from ..cluster.errors import EngineFault, EngineUnavailable, HerdError
 from ..cluster.request import EngineRequest, FinishReason, StepOutput
 from ..cluster.token_link import GatewayLink, TokenStreamClient
+from ..model.quantization import served_scheme, weight_sizes
 from ..model.sampling_params import SamplingParams
 from ..model.source import resolve_model
 from .config import HerdConfig, cache_directory, parse_tree, progress_file
@@ -58,6 +59,7 @@ class Engine:
 
         from ..cluster.engine_builder import build_engine, choose, choose_device
         from ..cluster.overlap import OverlapTuner
+        from ..model.numerics import numeric_class
         from ..model.served_model import open_model
 
         config = parse_tree(tree)
@@ -76,7 +78,16 @@ class Engine:
         self._node_id = ray.get_runtime_context().get_node_id()
         remote = self._remote = self._follow_shards(config, served, dtype, device)
         experts = None if remote is None else remote.backend
-        decoder = served.decoder(dtype=dtype, device=device, seed=config.model.seed, progress=progress, experts=experts)
+        exact = config.engine.numerics == "exact"
+        decoder = served.decoder(
+            dtype=dtype,
+            device=device,
+            seed=config.model.seed,
+            progress=progress,
+            experts=experts,
+            quantize=config.model.quantize,
+            exact=exact,
+        )
         if remote is not None:
             remote.wait()  # before memory is shared out: shards may be on the same device
         plan = choose(decoder, config.engine, config.model.max_model_len)
@@ -90,13 +101,16 @@ class Engine:
             on_fault=self._on_fault,
             overlap=None if remote is None else OverlapTuner(config.experts.micro_batches),
         )
-        weights_bytes = served.config.num_parameters * decoder.dtype.itemsize
+        scheme = served_scheme(config.model.quantize, served.config)
         self._info = {
             "model": source.name,
             "assumed": source.assumed,
             "parameters": served.config.num_parameters,
             "active_parameters": served.config.num_active_parameters,
-            "weights_bytes": weights_bytes,
+            "weights_bytes": sum(weight_sizes(served.config, scheme, decoder.dtype.itemsize).values()),
+            "quantize": scheme.name,
+            "numerics": config.engine.numerics,
+            "numeric_class": numeric_class(device, dtype, scheme.name),
             "kv_bytes": plan.kv_bytes,
             "kv_tokens": plan.layout.short_tokens,
             "max_model_len": self._engine.scheduler.max_num_tokens,

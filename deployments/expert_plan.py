@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ from ..cluster.router_spec import RouterSpec
 from ..cluster.sizes import format_size
 from ..model.config import Llama4Config
 from ..model.fingerprint import fingerprint
+from ..model.quantization import Part, expert_sizes, served_scheme, weight_sizes
 from ..model.source import ModelSource
 from .config import HerdConfig
 
@@ -41,26 +44,38 @@ class Resources:
 class _Sizes:
     """Of one model, in bytes as served."""
 
-    weights: int
-    expert: int
+    trunk: int
+    """All but the routed experts."""
+    routed: int
+    """All routed experts."""
+    layers: Mapping[int, int]
+    """One expert, by layer."""
     units: int
     """Experts of all layers."""
 
     @property
-    def trunk(self) -> int:
-        """All but the routed experts."""
-        return self.weights - self.units * self.expert
+    def weights(self) -> int:
+        return self.trunk + self.routed
+
+    @property
+    def expert(self) -> int:
+        """Of most layers."""
+        return Counter(self.layers.values()).most_common(1)[0][0] if self.layers else 0
 
     def copies(self, experts: ExpertsConfig) -> int:
         """Experts to hold in all, counting copies."""
         return self.units * experts.replicas + int(self.units * experts.redundancy)
+
+    def copies_bytes(self, experts: ExpertsConfig) -> int:
+        """Of those, about: which of them get further copies is not known before they run."""
+        return self.routed * self.copies(experts) // max(1, self.units)
 
 
 def plan_experts(config: HerdConfig, shape: Llama4Config | None, resources: Resources) -> HerdConfig:
     """`config` with engine.device, experts.mode and, for shards, their number, device and GPUs decided.
 
     `shape` None: the model cannot be looked at here, so that only what the settings say counts. Raises PlacementError
-    with numbers when the experts cannot fit.
+    with numbers when the experts cannot fit, CheckpointError when the weights cannot be quantised as wanted.
     """
     engine = config.engine
     if engine.device == "auto":
@@ -94,11 +109,13 @@ def engine_gpus(config: HerdConfig) -> float:
 def router_spec(config: HerdConfig, source: ModelSource, shape: Llama4Config) -> RouterSpec:
     """What the router of a planned configuration is there for; equal on every node. Raises CheckpointError."""
     assert config.experts.shards is not None
+    sizes = _sizes(config, shape)
     return RouterSpec(
-        model=fingerprint(source, dtype_name(config, shape), config.model.seed),
+        model=fingerprint(source, dtype_name(config, shape), config.model.seed, config.model.quantize),
         layers=tuple(sorted(shape.moe_layers)),
         num_experts=shape.num_experts,
-        expert_bytes=_sizes(config, shape).expert,
+        expert_bytes=sizes.expert,
+        other_bytes=tuple((layer, size) for layer, size in sizes.layers.items() if size != sizes.expert),
         shards=config.experts.shards,
         replicas=config.experts.replicas,
         redundancy=config.experts.redundancy,
@@ -115,9 +132,13 @@ def _changed(config: HerdConfig, section: str, **values: Any) -> HerdConfig:
 
 
 def _sizes(config: HerdConfig, shape: Llama4Config) -> _Sizes:
-    item = _ITEM_BYTES.get(dtype_name(config, shape), 2)
-    expert = 3 * shape.hidden_size * shape.expert_width * item
-    return _Sizes(shape.num_parameters * item, expert, len(shape.moe_layers) * shape.num_experts)
+    """Of a checkpoint that is quantised: as its configuration says."""
+    scheme = served_scheme(config.model.quantize, shape)
+    item_bytes = _ITEM_BYTES.get(dtype_name(config, shape), 2)
+    sizes = weight_sizes(shape, scheme, item_bytes)
+    routed = sizes.pop(Part.ROUTED, 0)
+    layers = expert_sizes(shape, scheme, item_bytes)
+    return _Sizes(sum(sizes.values()), routed, layers, len(layers) * shape.num_experts)
 
 
 def _fits(config: HerdConfig, sizes: _Sizes, resources: Resources) -> bool:
@@ -155,7 +176,7 @@ def _shards(config: HerdConfig, sizes: _Sizes | None, resources: Resources) -> i
         return max(1, config.experts.replicas, _room(config, resources))
     if sizes is None or not resources.node_bytes:
         return least
-    needed = sizes.copies(config.experts) * sizes.expert
+    needed = sizes.copies_bytes(config.experts)
     return least if needed <= min(resources.node_bytes) else max(least, len(resources.node_bytes))
 
 
@@ -181,7 +202,7 @@ def _check_memory(config: HerdConfig, shape: Llama4Config, sizes: _Sizes, resour
     if capacity is None and experts.device == "cuda" and resources.gpu_bytes is not None:
         capacity = int(resources.gpu_bytes * min(1.0, _gpus_each(config) or 1.0) * _USABLE)
     place(
-        {(layer, expert): sizes.expert for layer in shape.moe_layers for expert in range(shape.num_experts)},
+        {(layer, expert): size for layer, size in sizes.layers.items() for expert in range(shape.num_experts)},
         [capacity] * experts.shards,
         nodes=[""] * experts.shards,
         replicas=experts.replicas,
@@ -190,7 +211,7 @@ def _check_memory(config: HerdConfig, shape: Llama4Config, sizes: _Sizes, resour
     if not resources.node_bytes:
         return
     trunks = engine.replicas * sizes.trunk if engine.device == "cpu" else 0
-    copies = sizes.copies(experts) * sizes.expert if experts.device == "cpu" else 0
+    copies = sizes.copies_bytes(experts) if experts.device == "cpu" else 0
     if trunks + copies > sum(resources.node_bytes):
         raise PlacementError(
             f"the engines need {format_size(trunks)} of memory and the experts {format_size(copies)} "

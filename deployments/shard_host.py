@@ -22,9 +22,12 @@ from ..cluster.sizes import format_size
 from ..cluster.transport import RowLayout
 from ..cluster.transport_server import TransportServer
 from ..kernels.grouped_mlp import ExpertWeights
-from ..kernels.linear import Linear
+from ..kernels.quantized import QuantizedWeight
+from ..model.exact_probe import expert_check, probe_operations
 from ..model.heap import trim_heap
 from ..model.loading import Loader
+from ..model.numerics import numeric_class
+from ..model.quantization import served_scheme
 from ..model.served_model import open_model
 from ..model.source import resolve_model
 from .config import HerdConfig, cache_directory, progress_file
@@ -59,6 +62,7 @@ class ShardHost:
         self._spec = router_spec(config, source, self._model.config)
         self._device = choose_device(config.experts.device)
         self._dtype: torch.dtype = getattr(torch, dtype_name(config, self._model.config))
+        self._exact = config.engine.numerics == "exact"
         self._layout = RowLayout(self._model.config.hidden_size, self._dtype, self._device)
         self._lease = ShardLease(RouterClient(application, self._spec).call, self._identity())
         self._experts: dict[Expert, ExpertWeights] = {}
@@ -134,18 +138,33 @@ class ShardHost:
         self._experts = {expert: weights for expert, weights in self._experts.items() if expert in set(wanted)}
         missing = [expert for expert in wanted if expert not in self._experts]
         progress = LoadProgress(progress_file())
-        with self._model.loader(dtype=self._dtype, device=self._device, seed=self._config.model.seed) as loader:
+        total = self._spec.num_bytes(missing)
+        model = self._config.model
+        with self._model.loader(
+            dtype=self._dtype, device=self._device, seed=model.seed, quantize=model.quantize, exact=self._exact
+        ) as loader:
             for number, expert in enumerate(missing, 1):
-                self._experts[expert], self._digests[expert] = read_expert(loader, expert)
-                progress("weights", number * self._spec.expert_bytes, len(missing) * self._spec.expert_bytes)
+                self._experts[expert], digest = read_expert(loader, expert)
+                self._digests[expert] = self._name(digest)
+                progress("weights", self._spec.num_bytes(missing[:number]), total)
         trim_heap()
+        if self._exact:
+            checks = [expert_check("routed expert", self._experts[expert]) for expert in missing]
+            probe_operations(checks, self._dtype, self._device)
         self._lease.check_digests({expert: self._digests[expert] for expert in wanted})
         if self._experts:
             some = next(iter(self._experts.values()))
             for rows in _WARM_ROWS:  # the first call of each shape compiles
                 some(torch.zeros(rows, self._layout.hidden, dtype=self._dtype, device=self._device))
-        size = format_size(len(missing) * self._spec.expert_bytes)
-        logger.info("shard %s: %d experts, %s, in %.1f s", self._id, len(missing), size, time.monotonic() - began)
+        took_s = time.monotonic() - began
+        logger.info("shard %s: %d experts, %s, in %.1f s", self._id, len(missing), format_size(total), took_s)
+
+    def _name(self, digest: str) -> str:
+        """In exact mode copies must agree in how they compute, too: where an expert is asked shall not show."""
+        if not self._exact:
+            return digest
+        scheme = served_scheme(self._config.model.quantize, self._model.config)
+        return f"{digest}, numeric class {numeric_class(self._device, self._dtype, scheme.name)}"
 
     def _has_engines(self) -> bool:
         return self._server is not None and self._server.num_peers > 0
@@ -163,9 +182,14 @@ def read_expert(loader: Loader, expert: Expert) -> tuple[ExpertWeights, str]:
     """One expert laid out for its device, and the digest of its bytes before that."""
     gate_up_2FD, down_DF = loader.expert_tensors(*expert)
     digest = hashlib.blake2b(digest_size=16)
-    for tensor in (gate_up_2FD, down_DF):
-        digest.update(_bytes_of(tensor))
-    return ExpertWeights(Linear(gate_up_2FD), Linear(down_DF)), digest.hexdigest()
+    for weight in (gate_up_2FD, down_DF):
+        if isinstance(weight, QuantizedWeight):
+            digest.update(f"{weight.kind} {weight.group} {weight.scales_OG.dtype}".encode())
+            digest.update(_bytes_of(weight.q))
+            digest.update(_bytes_of(weight.scales_OG))
+        else:
+            digest.update(_bytes_of(weight))
+    return loader.expert_weights(gate_up_2FD, down_DF), digest.hexdigest()
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -52,9 +52,16 @@ def attention_inputs_ref(
     if q_scale_T is not None:
         q32 = q32 * q_scale_T[:, None, None]
     pages, offsets = slots_T.long() // B, slots_T.long() % B
-    k_pages[pages, :, :, offsets] = k32.to(k_pages.dtype)
-    v_pages[pages, :, offsets] = v
+    k_pages[pages, :, :, offsets] = _stored(k32, k_pages.dtype)
+    v_pages[pages, :, offsets] = _stored(v, v_pages.dtype)
     return q32.to(qkv_TN.dtype)
+
+
+def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """As pages hold it. fp8 has neither infinities nor a scale: what is larger becomes the largest."""
+    if dtype is torch.float8_e4m3fn:
+        x = x.clamp(-448.0, 448.0)
+    return x.to(dtype)
 
 
 def attention_inputs(
@@ -72,12 +79,15 @@ def attention_inputs(
     """Prepare attention of T tokens and store their keys and values.
 
     qkv_TN [T, (H + 2K) d]. k_pages [P, K, d, B] (transposed inside a page) and v_pages [P, K, B, d] are views with
-    contiguous pages, written in place at slots_T int64 = page * B + offset. table_R of `rope_table` with rows_T int64,
-    or None for no rotation; q_scale_T float32 factor of q, or None; qk_norm_eps, or None for no norm.
-    Returns q [T, H, d].
+    contiguous pages, written in place at slots_T int64 = page * B + offset (negative: nowhere); of qkv's dtype or, on
+    GPUs, float8_e4m3fn.
+    table_R of `rope_table` with rows_T int64, or None for no rotation; q_scale_T float32 factor of q, or None;
+    qk_norm_eps, or None for no norm. Returns q [T, H, d].
     """
     if qkv_TN.is_cuda:
-        return attention_inputs_ref(
+        from .triton_attention_inputs import triton_attention_inputs
+
+        return triton_attention_inputs(
             qkv_TN,
             k_pages,
             v_pages,
@@ -154,9 +164,9 @@ def _inputs(pqkv, pq, pk, pv, page_stride, pslots, ptable, prows, pscale, eps, T
             if h < H:
                 for i in range(d):
                     store(q, (t * H + h) * d + i, head[i])
-            else:
+            elif slots[t] >= 0:
                 for i in range(d):
                     store(k_pages, page + ((h - H) * d + i) * B + offset, head[i])
-        for h in range(K):
+        for h in range(K if slots[t] >= 0 else 0):
             for i in range(d):
                 v_pages[page + (h * B + offset) * d + i] = qkv[t * N + (H + K + h) * d + i]

@@ -48,6 +48,7 @@ def _bitcast_intrinsic(source: types.Type, target: types.Type, llvm_type: ir.Typ
     return bitcast
 
 
+_pointer_u8 = _pointer_intrinsic(types.uint8, ir.IntType(8))
 _pointer_u16 = _pointer_intrinsic(types.uint16, ir.IntType(16))
 _pointer_f32 = _pointer_intrinsic(types.float32, ir.FloatType())
 _pointer_i32 = _pointer_intrinsic(types.int32, ir.IntType(32))
@@ -59,6 +60,17 @@ _f32_to_bits = _bitcast_intrinsic(types.float32, types.uint32, ir.IntType(32))
 @jit
 def f32_array(address, count):
     return carray(_pointer_f32(address), (count,), np.float32)
+
+
+@jit
+def u8_array(address, count):
+    return carray(_pointer_u8(address), (count,), np.uint8)
+
+
+@jit
+def u16_array(address, count):
+    """Also the bits of bfloat16."""
+    return carray(_pointer_u16(address), (count,), np.uint16)
 
 
 @jit
@@ -106,6 +118,44 @@ def exp_f32(x):
     y = np.float32(0.0) if x < np.float32(-87.3) else y
     y = np.float32(np.inf) if x > np.float32(88.0) else y
     return x if x != x else y
+
+
+@intrinsic(prefer_literal=True)
+def stack(typingctx, size):
+    """(literal size) -> address of so many bytes on the stack, aligned to 64, for the rest of the calling function."""
+    count = size.literal_value
+
+    def codegen(context, builder, signature, args):
+        with builder.goto_entry_block():
+            memory = builder.alloca(ir.ArrayType(ir.IntType(8), count))
+        memory.align = 64
+        return builder.ptrtoint(memory, ir.IntType(64))
+
+    return types.int64(size), codegen
+
+
+@intrinsic
+def fetch_add(typingctx, address, value):
+    """(address, integer) -> the int64 there, which grows by the value at once for all threads."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def call_address(typingctx, address, arguments):
+    """(address of a C function of int64 arguments and no result, tuple of them)."""
+
+    def codegen(context, builder, signature, args):
+        values = [builder.extract_value(args[1], n) for n in range(len(arguments))]
+        function = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * len(values))
+        builder.call(builder.inttoptr(args[0], function.as_pointer()), values)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.UniTuple(types.int64, len(arguments))), codegen
 
 
 BF16_TAG = np.uint16(0)

@@ -1,14 +1,18 @@
 """SIMD vectors of float32 as values inside Numba kernels, because LLVM's own vectoriser leaves the accumulators of
-attention in memory. A width that the CPU lacks is split by LLVM, so one kernel serves every machine.
+attention in memory and gates in single lanes. A width that the CPU lacks is split by LLVM, so one kernel serves every
+machine.
 
 Widths are compile-time constants of the calling kernel. Arrays are those of `cpu_memory.elements`, bfloat16 bits or
-float32 alike. Knows nothing of attention."""
+float32 alike. Knows nothing of what the numbers mean."""
 
+# pyright: reportReturnType=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# llvmlite states other types than it returns; intrinsics are called without the typing context.
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -68,15 +72,28 @@ def vector_load(typingctx, array, index, width):
 
 @_operation
 def vector_store(typingctx, array, index, value):
-    """(float32 array, index, vector)."""
+    """(array, index, vector): rounded to nearest even if the array is of bfloat16; NaN stays NaN."""
 
     def codegen(context, builder, signature, args):
-        builder.store(
-            args[2], _pointer(context, builder, array, args[0], args[1], ir.FloatType(), value.width), align=4
-        )
+        if array.dtype == types.float32:
+            place = _pointer(context, builder, array, args[0], args[1], ir.FloatType(), value.width)
+            builder.store(args[2], place, align=4)
+        else:
+            place = _pointer(context, builder, array, args[0], args[1], ir.IntType(16), value.width)
+            builder.store(_rounded_bits(builder, args[2]), place, align=2)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, value), codegen
+
+
+def _rounded_bits(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    wide = ir.VectorType(ir.IntType(32), value.type.count)
+    bits = builder.bitcast(value, wide)
+    odd = builder.and_(builder.lshr(bits, splat(wide, 16)), splat(wide, 1))
+    rounded = builder.lshr(builder.add(builder.add(bits, splat(wide, 0x7FFF)), odd), splat(wide, 16))
+    is_nan = builder.fcmp_unordered("uno", value, value)
+    rounded = builder.select(is_nan, splat(wide, 0x7FC0), rounded)
+    return builder.trunc(rounded, ir.VectorType(ir.IntType(16), value.type.count))
 
 
 @_operation
@@ -88,9 +105,58 @@ def vector_multiply_add(typingctx, scalar, value, accumulator):
         undefined = ir.Constant(vector, ir.Undefined)
         seed = builder.insert_element(undefined, args[0], lane(0))
         first = ir.Constant(ir.VectorType(lane, value.width), [0] * value.width)
-        splat = builder.shuffle_vector(seed, undefined, first)
-        signature_type = ir.FunctionType(vector, [vector] * 3)
-        fma = cgutils.get_or_insert_function(builder.module, signature_type, f"llvm.fma.v{value.width}f32")
-        return builder.call(fma, [splat, args[1], args[2]])
+        factor = builder.shuffle_vector(seed, undefined, first)
+        return call(builder, f"llvm.fma.v{value.width}f32", vector, [factor, args[1], args[2]])
 
     return value(types.float32, value, value), codegen
+
+
+@_operation
+def vector_silu_multiply(typingctx, gate, up):
+    """(gate, up) -> gate / (1 + e^-gate) * up, e^x as in `cpu_memory.exp_f32`; NaN in either shows."""
+
+    def codegen(context, builder, signature, args):
+        vector = args[0].type
+        one = splat(vector, 1.0)
+        divisor = builder.fadd(one, _exp(builder, builder.fneg(args[0])))
+        return builder.fmul(builder.fdiv(args[0], divisor), args[1])
+
+    return gate(gate, up), codegen
+
+
+def _exp(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    vector = x.type
+    wide = ir.VectorType(ir.IntType(32), vector.count)
+    suffix = f"v{vector.count}f32"
+
+    def fma(a, b, c):
+        return call(builder, f"llvm.fma.{suffix}", vector, [a, b, c])
+
+    lowest, highest = splat(vector, -87.3), splat(vector, 88.0)
+    below, above = builder.fcmp_ordered("<", x, lowest), builder.fcmp_ordered(">", x, highest)
+    clamped = builder.select(below, lowest, builder.select(above, highest, x))
+    n = fma(clamped, splat(vector, 1.4426950408889634), splat(vector, 0.5))
+    n = call(builder, f"llvm.floor.{suffix}", vector, [n])
+    r = fma(n, splat(vector, -0.6931471805599453), clamped)
+    p = splat(vector, 1 / 5040)
+    for factor in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
+        p = fma(p, r, splat(vector, factor))
+    is_nan = builder.fcmp_unordered("uno", x, x)
+    exponent = builder.fptosi(builder.select(is_nan, splat(vector, 0.0), n), wide)
+    exponent = builder.shl(builder.add(exponent, splat(wide, 127)), splat(wide, 23))
+    y = builder.fmul(p, builder.bitcast(exponent, vector))
+    y = builder.select(below, splat(vector, 0.0), y)
+    return builder.select(above, splat(vector, float("inf")), y)
+
+
+def splat(vector: ir.VectorType, value: float) -> ir.Constant:
+    """The constant in all lanes."""
+    if isinstance(vector.element, ir.FloatType):
+        value = float(np.float32(value))  # LLVM refuses what float32 cannot represent
+    return ir.Constant(vector, [value] * vector.count)
+
+
+def call(builder: ir.IRBuilder, name: str, result: ir.Type, args: Sequence[ir.Value]) -> ir.Value:
+    """The LLVM intrinsic of that name."""
+    signature = ir.FunctionType(result, [arg.type for arg in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), args)

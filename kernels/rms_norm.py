@@ -27,9 +27,11 @@ def add_rms_norm_ref_(residual_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, e
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """RMSNorm of each row. Returns a new [T, D] tensor of x's dtype."""
+    """RMSNorm of each row; x contiguous. Returns a new [T, D] tensor of x's dtype."""
     if x_TD.is_cuda:
-        return rms_norm_ref(x_TD, weight_D, eps)
+        from .triton_norm import triton_rms_norm
+
+        return triton_rms_norm(x_TD, weight_D, eps)
     out_TD = torch.empty_like(x_TD)
     T, D = x_TD.shape
     _norm(x_TD.data_ptr(), 0, weight_D.data_ptr(), out_TD.data_ptr(), T, D, np.float32(eps), dtype_tag(x_TD))
@@ -39,7 +41,9 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 def add_rms_norm_(residual_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """`residual += delta` in place, then RMSNorm of the sum. All contiguous, of one dtype."""
     if residual_TD.is_cuda:
-        return add_rms_norm_ref_(residual_TD, delta_TD, weight_D, eps)
+        from .triton_norm import triton_add_rms_norm_
+
+        return triton_add_rms_norm_(residual_TD, delta_TD, weight_D, eps)
     out_TD = torch.empty_like(residual_TD)
     T, D = residual_TD.shape
     pointers = (residual_TD.data_ptr(), delta_TD.data_ptr(), weight_D.data_ptr(), out_TD.data_ptr())

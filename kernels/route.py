@@ -6,7 +6,9 @@ weights or of where they live."""
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +49,8 @@ def route_ref(logits_TE: Tensor, k: int) -> Route:
 def route(logits_TE: Tensor, k: int) -> Route:
     """Choose k experts for each of T tokens from router logits [T, E] in the model dtype."""
     if logits_TE.is_cuda:
-        return route_ref(logits_TE, k)
+        chosen = _on_gpu().route_device(logits_TE, k)
+        return Route(chosen.tokens_N, chosen.scores_N, chosen.rows_TK, chosen.counts_E.tolist())
     T, E = logits_TE.shape
     tokens_N = torch.empty(T * k, dtype=torch.int32)
     scores_N = torch.empty(T * k, dtype=torch.float32)
@@ -66,7 +69,7 @@ def gather_scaled_ref(x_TD: Tensor, plan: Route) -> Tensor:
 def gather_scaled(x_TD: Tensor, plan: Route) -> Tensor:
     """[T, D] -> [N, D]: the rows that experts receive, grouped by expert, already scaled by their scores."""
     if x_TD.is_cuda:
-        return gather_scaled_ref(x_TD, plan)
+        return _on_gpu().gather_scaled_triton(x_TD, plan.tokens_N, plan.scores_N)
     N, D = plan.tokens_N.shape[0], x_TD.shape[1]
     rows_ND = torch.empty((N, D), dtype=x_TD.dtype)
     pointers = (x_TD.data_ptr(), plan.tokens_N.data_ptr(), plan.scores_N.data_ptr(), rows_ND.data_ptr())
@@ -83,11 +86,15 @@ def combine_ref_(shared_TD: Tensor, rows_ND: Tensor, plan: Route) -> Tensor:
 def combine_(shared_TD: Tensor, rows_ND: Tensor, plan: Route) -> Tensor:
     """Add the experts' outputs [N, D] to the shared expert's [T, D], in place; returns the latter."""
     if shared_TD.is_cuda:
-        return combine_ref_(shared_TD, rows_ND, plan)
+        return _on_gpu().combine_triton_(shared_TD, rows_ND, plan.rows_TK)
     T, D = shared_TD.shape
     pointers = (shared_TD.data_ptr(), rows_ND.data_ptr(), plan.rows_TK.data_ptr())
     _combine(*pointers, T, plan.rows_TK.shape[1], D, dtype_tag(shared_TD))
     return shared_TD
+
+
+def _on_gpu() -> Any:
+    return importlib.import_module(".triton_route", __package__)
 
 
 @jit

@@ -266,10 +266,12 @@ def check_tensors(
     source: WeightSource,
     expected: Mapping[str, tuple[int, ...]],
     ignore: Callable[[str], bool] = lambda name: False,
+    dtypes: Mapping[str, Collection[torch.dtype]] | None = None,
 ) -> None:
-    """Raise one `CheckpointError` that names every missing, surplus and misshapen tensor of `source`.
+    """Raise one `CheckpointError` that names every missing, surplus, misshapen and mistyped tensor of `source`.
 
-    `expected` maps names to shapes. Surplus tensors for which `ignore(name)` is true are no fault. Long lists are cut.
+    `expected` maps names to shapes, `dtypes` to what they may be. Surplus tensors for which `ignore(name)` is true are
+    no fault. Long lists are cut.
     """
     present = source.names()
     missing = [name for name in expected if name not in present]
@@ -279,10 +281,19 @@ def check_tensors(
         for name, shape in expected.items()
         if name in present and source.shape(name) != tuple(shape)
     ]
-    faults = (("missing", missing), ("surplus", surplus), ("misshapen", misshapen))
+    mistyped = [
+        f"{name} is {_short(source.dtype(name))}, must be {' or '.join(map(_short, allowed))}"
+        for name, allowed in (dtypes or {}).items()
+        if name in present and source.dtype(name) not in allowed
+    ]
+    faults = (("missing", missing), ("surplus", surplus), ("misshapen", misshapen), ("of another dtype", mistyped))
     parts = [f"{len(items)} {kind}: {bounded_list(items)}" for kind, items in faults if items]
     if parts:
         raise CheckpointError(f"the tensors of {source} do not fit the model. " + ". ".join(parts))
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def bounded_list(items: list[str]) -> str:

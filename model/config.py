@@ -11,6 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .quantization import Scheme
+from .quantization_config import declared_scheme
+
 
 class ConfigError(ValueError):
     """A config.json that Herd cannot serve; the message names the key."""
@@ -65,6 +68,8 @@ class Llama4Config(BaseModel):
     """The checkpoint's own dtype name."""
     multimodal: bool = False
     """The checkpoint also holds a vision tower, and its text tensors are prefixed with `language_model.`"""
+    quantization: Scheme | None = None
+    """What the checkpoint says of its number formats; None where it is not quantised."""
 
     @property
     def tensor_prefix(self) -> str:
@@ -111,7 +116,8 @@ def load_config(path: Path, generation: Mapping[str, Any] | None = None) -> Llam
 
 def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> Llama4Config:
     """Build the config from a parsed `config.json` (multimodal or text-only) and, for the end-of-sequence ids, a
-    parsed `generation_config.json`. Raises ConfigError."""
+    parsed `generation_config.json`. Raises ConfigError, and CheckpointError for a kind of quantisation that Herd cannot
+    compute with."""
     if not isinstance(raw, Mapping):
         raise ConfigError("config.json holds no object")
     kind = raw.get("model_type")
@@ -139,7 +145,8 @@ def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = 
         raise ConfigError(f"config.json: {error}") from error
     _check(config)
     _check_layer_types(config, text.get("layer_types"))
-    return config
+    declared = raw.get("quantization_config", text.get("quantization_config"))
+    return config.model_copy(update={"quantization": declared_scheme(declared, config)})
 
 
 def _build(text: Mapping[str, Any], raw: Mapping[str, Any], generation: Mapping[str, Any]) -> Llama4Config:

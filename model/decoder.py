@@ -22,6 +22,7 @@ from ..kernels.paged_attention import PagedKeys, paged_attention
 from ..kernels.rms_norm import add_rms_norm_, rms_norm
 from ..kernels.route import combine_, gather_scaled, route
 from .config import Llama4Config, rope_frequencies
+from .device_experts import DeviceExperts
 from .experts import ExpertBackend, ExpertsUnavailable
 from .kv_cache import KvCache
 
@@ -43,10 +44,8 @@ class Batch:
     """int64 token ids."""
     positions_T: Tensor
     """int64 absolute positions."""
-    q_starts: list[int]
-    """Sequence s owns rows q_starts[s]:q_starts[s + 1]."""
     pages: dict[tuple[bool, int], GroupPages]
-    """(local group?, page of the block) -> pages."""
+    """(local group?, page of the block) -> pages; they also say which rows belong to which sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +81,21 @@ class Decoder:
         norm_D: Tensor,
         head: Linear,
         experts: ExpertBackend,
+        exact: bool = True,
     ) -> None:
+        """`exact`: attention gives a row the same bits whatever else is in its batch and however its sequence was cut
+        into pieces."""
         self.config = config
         self.experts = experts
         self._embedding_VD = embedding_VD
-        self._layers = layers
+        self.layers = layers
         self._norm_D = norm_D
-        self._head = head
+        self.head = head
         rows = config.attention_chunk_size or config.max_position_embeddings
         rows = min(rows, config.max_position_embeddings)
         self._rope_R = rope_table(rope_frequencies(config), rows).to(embedding_VD.device)
         self._scale = config.head_dim**-0.5
+        self._exact = exact
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,7 +122,7 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, hidden_SD: Tensor) -> Tensor:
         """[S, D] -> [S, V] in the model dtype."""
-        return self._head(hidden_SD)
+        return self.head(hidden_SD)
 
     def _interleave(self, batches: Sequence[Batch], cache: KvCache) -> list[Tensor]:
         firsts = accumulate((len(batch.ids_T) for batch in batches), initial=0)
@@ -144,7 +147,7 @@ class Decoder:
         rows_T = batch.positions_T % self._rope_R.shape[0]
         q_scale_T = self._temperature(batch.positions_T)
         delta_TD = None
-        for i, layer in enumerate(self._layers):
+        for i, layer in enumerate(self.layers):
             if delta_TD is None:
                 x_TD = rms_norm(residual_TD, layer.input_norm_D, eps)
             else:
@@ -158,7 +161,7 @@ class Decoder:
     def _attention(
         self, index: int, x_TD: Tensor, batch: Batch, cache: KvCache, rows_T: Tensor, q_scale_T: Tensor | None
     ) -> Tensor:
-        config, weights = self.config, self._layers[index].attention
+        config, weights = self.config, self.layers[index].attention
         place = cache.places[index]
         pages = batch.pages[place.local, place.page_of_block]
         k_pages, v_pages = cache.layer(index)
@@ -174,19 +177,22 @@ class Decoder:
             q_scale_T=None if rope else q_scale_T,
             qk_norm_eps=config.rms_norm_eps if rope and config.use_qk_norm else None,
         )
-        out_THd = paged_attention(q_THd, k_pages, v_pages, batch.q_starts, pages.keys, self._scale)
+        out_THd = paged_attention(q_THd, k_pages, v_pages, pages.keys, self._scale, exact=self._exact)
         return weights.output(out_THd.view(x_TD.shape[0], -1))
 
     def _feed_forward(self, index: int, x_TD: Tensor, first_token: int) -> Generator[None, None, Tensor]:
-        layer = self._layers[index]
+        layer = self.layers[index]
         if layer.router is None:
             return layer.mlp(x_TD)
-        plan = route(layer.router(x_TD), self.config.experts_per_token)
-        pending = self.experts.dispatch(index, gather_scaled(x_TD, plan), plan.counts_E)
+        experts, k = self.experts, self.config.experts_per_token
+        if isinstance(experts, DeviceExperts):
+            return experts.feed_forward(index, x_TD, layer.router(x_TD), k, layer.mlp(x_TD))
+        plan = route(layer.router(x_TD), k)
+        pending = experts.dispatch(index, gather_scaled(x_TD, plan), plan.counts_E)
         shared_TD = layer.mlp(x_TD)
         yield
         try:
-            rows_ND = self.experts.collect(pending)
+            rows_ND = experts.collect(pending)
         except ExpertsUnavailable as error:
             tokens = {first_token + int(plan.tokens_N[row]) for row in error.rows}
             assert tokens, "no row lacks an expert"

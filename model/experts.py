@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..kernels.grouped_mlp import ExpertWeights, grouped_mlp
+from ..kernels.grouped_mlp import ExpertGroup, ExpertWeights
 
 
 class ExpertsUnavailable(Exception):
@@ -50,14 +50,15 @@ class LocalExperts:
     """All experts in this process, computed on `collect`."""
 
     def __init__(self, experts: dict[int, list[ExpertWeights]]) -> None:
-        self._experts = experts
+        self.experts = experts
+        self._groups = {layer: ExpertGroup(of_layer) for layer, of_layer in experts.items()}
 
     def dispatch(self, layer: int, rows_ND: Tensor, counts_E: Sequence[int]) -> tuple[int, Tensor, Sequence[int]]:
         return layer, rows_ND, counts_E
 
     def collect(self, pending: tuple[int, Tensor, Sequence[int]]) -> Tensor:
         layer, rows_ND, counts_E = pending
-        return grouped_mlp(rows_ND, counts_E, self._experts[layer])
+        return self._groups[layer](rows_ND, counts_E)
 
     def refresh(self) -> None:
         pass

@@ -9,19 +9,22 @@ import os
 from pathlib import Path
 
 from .checkpoint_error import CheckpointError
+from .quantization import ROUNDING_VERSION
 from .source import ModelSource
 
 _PIECES = 32
 _PIECE_BYTES = 4096
 
 
-def fingerprint(source: ModelSource, dtype: str, seed: int) -> str:
-    """32 hex digits. `dtype`: the format the weights are served in; `seed`: of dummy weights.
+def fingerprint(source: ModelSource, dtype: str, seed: int, quantize: str = "auto") -> str:
+    """32 hex digits. `dtype`: the number format of the model; `seed`: of dummy weights; `quantize`: the
+    name of a scheme, or "auto".
 
     Of a checkpoint it reads names, sizes and evenly spaced pieces of its safetensors files: not their times, which a
     copy on another node does not share. Raises CheckpointError for files that cannot be read.
     """
     facts = {"config": source.config_json, "format": source.load_format, "dtype": dtype}
+    facts |= {"quantize": quantize, "rounding": ROUNDING_VERSION}
     if source.load_format == "dummy":
         facts["seed"] = seed
     digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)

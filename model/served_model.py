@@ -15,6 +15,7 @@ from .config import Llama4Config, parse_config
 from .decoder import Decoder
 from .experts import ExpertBackend
 from .loading import Loader, Progress
+from .quantization import served_scheme
 from .source import ModelSource
 from .tensor_names import text_tensors
 from .tokenizer import Tokenizer
@@ -38,9 +39,7 @@ class ServedModel:
 
     def weights(self, seed: int = 0) -> WeightSource:
         """The checkpoint's tensors, or seeded random ones for a dummy model."""
-        if self.source.load_format == "dummy" or self.source.directory is None:
-            return DummySource(text_tensors(self.config), seed, getattr(torch, self.config.dtype))
-        return SafetensorsSource(self.source.directory)
+        return open_weights(self.source, self.config, seed)
 
     def decoder(
         self,
@@ -50,9 +49,13 @@ class ServedModel:
         seed: int = 0,
         progress: Progress | None = None,
         experts: ExpertBackend | None = None,
+        quantize: str = "auto",
+        exact: bool = True,
     ) -> Decoder:
         """Load the weights; with `experts` given, all but the routed experts. Raises CheckpointError."""
-        with self.loader(dtype=dtype, device=device, seed=seed, progress=progress) as loader:
+        with self.loader(
+            dtype=dtype, device=device, seed=seed, progress=progress, quantize=quantize, exact=exact
+        ) as loader:
             return loader.decoder(experts)
 
     @contextmanager
@@ -63,13 +66,28 @@ class ServedModel:
         device: torch.device | str = "cpu",
         seed: int = 0,
         progress: Progress | None = None,
+        quantize: str = "auto",
+        exact: bool = True,
     ) -> Iterator[Loader]:
-        """Reads any part of the weights, such as single experts, while the context lasts. Raises CheckpointError."""
+        """Reads any part of the weights, such as single experts, while the context lasts. `quantize`: the name of a
+        scheme, or "auto" for whatever the checkpoint is. Raises CheckpointError."""
+        # Real tensors tell by themselves what they are; random ones are made into what the configuration says.
+        as_stored = quantize == "auto" and self.source.load_format != "dummy"
+        scheme = None if as_stored else served_scheme(quantize, self.config)
         weights = self.weights(seed)
         try:
-            yield Loader(weights, self.config, dtype=dtype, device=device, progress=progress)
+            yield Loader(
+                weights, self.config, dtype=dtype, device=device, progress=progress, scheme=scheme, exact=exact
+            )
         finally:
             weights.close()
+
+
+def open_weights(source: ModelSource, config: Llama4Config, seed: int = 0) -> WeightSource:
+    """The tensors of a checkpoint, or seeded random ones for a dummy model. Raises CheckpointError."""
+    if source.load_format == "dummy" or source.directory is None:
+        return DummySource(text_tensors(config), seed, getattr(torch, config.dtype))
+    return SafetensorsSource(source.directory)
 
 
 def open_model(source: ModelSource) -> ServedModel:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from .config import Llama4Config
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import Llama4Config
 
 
 def layer_name(config: Llama4Config, layer: int, suffix: str) -> str:
@@ -13,6 +16,12 @@ def layer_name(config: Llama4Config, layer: int, suffix: str) -> str:
 def top_name(config: Llama4Config, suffix: str) -> str:
     """Full name of a tensor outside the layers."""
     return f"{config.tensor_prefix}{suffix}"
+
+
+def layer_of(name: str) -> int | None:
+    """The decoder layer that a text tensor belongs to; None outside the layers."""
+    _, found, rest = name.partition("model.layers.")
+    return int(rest.partition(".")[0]) if found else None
 
 
 def text_tensors(config: Llama4Config) -> dict[str, tuple[int, ...]]:

@@ -34,6 +34,9 @@ _REPLICAS_ONLY = {
 
 # Ray reads them when it is imported, which a test module may do before any fixture runs.
 os.environ.update(_BEFORE_IMPORT)
+if not importlib.import_module("torch").cuda.is_available():
+    # Read when Triton is imported: its kernels then run on CPU tensors, one program at a time.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
 

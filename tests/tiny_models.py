@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from herd.cluster.decode_graphs import DecodeGraphs, Record
 from herd.cluster.engine import Engine
 from herd.cluster.kv_layout import KvLayout
 from herd.cluster.kv_manager import KvManager
@@ -84,9 +85,8 @@ def sequence_logits(decoder: Decoder, ids: Sequence[int], piece: int, num_prefil
             first = start - start % chunk if kind[0] and chunk else 0
             slots_T = table_N[positions_T // block_size].long() * block_size + positions_T % block_size
             table_SN = table_N[None, first // block_size :].contiguous()
-            lens_S = torch.tensor([end - first], dtype=torch.int32)
-            pages[kind] = GroupPages(slots_T, PagedKeys(table_SN, lens_S, [end - first]))
-        batch = Batch(torch.tensor(ids[start:end]), positions_T, [0, end - start], pages)
+            pages[kind] = GroupPages(slots_T, PagedKeys.build(table_SN, [end - first], [0, end - start]))
+        batch = Batch(torch.tensor(ids[start:end]), positions_T, pages)
         out.append(decoder.logits(decoder.forward(batch, cache)))
         start = end
     return torch.cat(out)
@@ -163,7 +163,9 @@ class EngineLab:
         eos_ids: Sequence[int] = (),
         clock: Callable[[], float] = lambda: 0.0,
         overlap: OverlapTuner | None = None,
+        record: Record | None = None,
     ) -> None:
+        """`record`: how decoding steps are recorded and replayed; None computes them anew."""
         config = decoder.config
         local = config.num_local_layers
         layout = KvLayout.build(
@@ -194,7 +196,13 @@ class EngineLab:
         self.prompts: dict[str, list[int]] = {}
         recording = _RecordingDecoder(decoder)
         sampler = Sampler(config.vocab_size, eos_ids=frozenset(eos_ids))
-        self.runner = _RecordingRunner(cast(Decoder, recording), self.cache, sampler, self.kv, max_num_seqs, overlap)
+        graphs = None
+        if record is not None:
+            graphs = DecodeGraphs(lambda b: decoder.logits(recording.forward(b, self.cache)), decoder.device, record)
+        self.graphs = graphs
+        self.runner = _RecordingRunner(
+            cast(Decoder, recording), self.cache, sampler, self.kv, max_num_seqs, overlap, graphs
+        )
         self.runner.watch(recording, lambda id_, position, row: self.logits[id_].append((position, row)))
         self.faults: list[BaseException] = []
         self.engine = Engine(

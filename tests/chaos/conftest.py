@@ -1,4 +1,4 @@
-"""What the kill tests share: a tiny model in float32, a server with expert shards, a table of what each kill cost."""
+"""What the kill tests share: small models, a server with expert shards, a table of what each kill cost."""
 
 from __future__ import annotations
 
@@ -22,15 +22,20 @@ from .streams import Run, assert_same, bodies, run_streams
 from .victims import end, pids_of, wait_ready, wait_until
 
 VOCAB = 4096
-MODEL = TINY | {"vocab_size": VOCAB, "num_local_experts": 8, "torch_dtype": "float32"}
-"""Float32, where a difference of one bit is a difference; random weights, which make experts disagree."""
+MODEL = TINY | {"vocab_size": VOCAB, "num_local_experts": 8, "hidden_size": 256, "intermediate_size": 192}
+"""Random weights, which make experts disagree: one bit that differs may choose another expert."""
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("chaos") / "tiny"
+    """In bfloat16, as real checkpoints are."""
+    return write_model(tmp_path_factory.mktemp("chaos") / "tiny", "bfloat16")
+
+
+def write_model(folder: Path, dtype: str) -> Path:
+    """A checkpoint without weights (load it as `dummy`)."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(MODEL))
+    (folder / "config.json").write_text(json.dumps(MODEL | {"torch_dtype": dtype}))
     return folder
 
 

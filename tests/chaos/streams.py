@@ -25,6 +25,8 @@ class Answer:
     ids: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     """When each token came."""
+    logprobs: list[Any] = field(default_factory=list)
+    """Of each token, as they were sent: its own and the most likely ones."""
     finish: str | None = None
     usage: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
@@ -62,6 +64,7 @@ def bodies(model: str, vocab_size: int) -> list[dict[str, Any]]:
                 "stream": True,
                 "stream_options": {"include_usage": True},
                 "return_token_ids": True,
+                "logprobs": 2,
                 **sampling,
             }
         )
@@ -74,10 +77,13 @@ def run_streams(url: str, requests: Sequence[dict[str, Any]], disturb: Callable[
 
 
 def assert_same(run: Run, undisturbed: Run) -> None:
-    """No request failed; no token is lost, doubled or changed; usage counts once."""
+    """No request failed; no token is lost, doubled or changed, nor a bit of a log-probability; usage counts once."""
     for number, (seen, wanted) in enumerate(zip(run.answers, undisturbed.answers, strict=True)):
         assert seen.error is None, f"stream {number} failed: {seen.error}"
         assert seen.ids == wanted.ids, f"stream {number}: {first_difference(seen.ids, wanted.ids)}"
+        assert len(seen.logprobs) == len(seen.ids)
+        changed = [n for n, (a, b) in enumerate(zip(seen.logprobs, wanted.logprobs, strict=True)) if a != b]
+        assert not changed, f"stream {number}: log-probabilities of tokens {changed[:5]} changed"
         assert seen.finish == wanted.finish
         assert seen.usage["completion_tokens"] == len(wanted.ids)
         assert seen.usage["prompt_tokens"] == wanted.usage["prompt_tokens"]
@@ -130,4 +136,7 @@ def _take(event: dict[str, Any], answer: Answer) -> None:
         ids = choice.get("token_ids") or []
         answer.ids += ids
         answer.times += [time.monotonic()] * len(ids)
+        given = choice.get("logprobs")
+        if given is not None:
+            answer.logprobs += zip(given["token_logprobs"], given["top_logprobs"], strict=True)
         answer.finish = choice["finish_reason"] or answer.finish

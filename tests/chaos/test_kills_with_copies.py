@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from .conftest import Cost, Herd, serve
+from .conftest import Cost, Herd, serve, write_model
 from .victims import end
 
 pytestmark = pytest.mark.chaos
 
 
-@pytest.fixture(scope="module")
-def herd(model_folder: Path, costs: list[Cost]) -> Iterator[Herd]:
-    yield from serve(model_folder, costs, shards=3, copies=2, engines=2)
+@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+def herd(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, costs: list[Cost]) -> Iterator[Herd]:
+    model = write_model(tmp_path_factory.mktemp("chaos") / "tiny", request.param)
+    yield from serve(model, costs, shards=3, copies=2, engines=2)
 
 
 def test_a_shard_with_copies(herd: Herd) -> None:

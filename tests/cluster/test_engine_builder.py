@@ -46,6 +46,20 @@ def test_the_block_size_divides_the_chunk(decoder: Decoder) -> None:
     assert choose(decoder, settings_of(block_size=3), None).layout.block_size == 2
 
 
+def test_the_block_size_of_a_cpu() -> None:
+    wide = tiny_decoder(tiny_config(attention_chunk_size=64))
+    assert choose(wide, EngineConfig(device="cpu"), None).layout.block_size == 16
+
+
+def test_keys_and_values_are_stored_as_the_model_computes(decoder: Decoder) -> None:
+    assert choose(decoder, settings_of(), None).kv_dtype is torch.float32
+
+
+def test_fp8_keys_and_values_need_a_gpu(decoder: Decoder) -> None:
+    with pytest.raises(ValueError, match=r"engine\.kv_dtype=fp8 needs a GPU, and the model runs on cpu"):
+        choose(decoder, settings_of(kv_dtype="fp8"), None)
+
+
 def test_a_step_has_room_for_every_seat(decoder: Decoder) -> None:
     assert choose(decoder, settings_of(), None).max_num_batched_tokens == 256
     assert choose(decoder, settings_of(max_num_seqs=600), None).max_num_batched_tokens == 600

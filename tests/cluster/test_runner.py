@@ -39,10 +39,11 @@ def check_batch(batch: Batch, lab: EngineLab) -> None:
     """What the decoder may rely on."""
     layout = lab.kv.layout
     positions = batch.positions_T.tolist()
-    assert batch.q_starts[0] == 0
-    assert batch.q_starts[-1] == len(positions) == len(batch.ids_T)
+    starts = next(iter(batch.pages.values())).keys.starts
+    assert starts[0] == 0
+    assert starts[-1] == len(positions) == len(batch.ids_T)
     assert set(batch.pages) == {(False, 0), (True, 0), (True, 1), (True, 2)}
-    for lo, hi in pairwise(batch.q_starts):
+    for lo, hi in pairwise(starts):
         piece = positions[lo:hi]
         assert piece == list(range(piece[0], piece[0] + len(piece)))
         assert piece[0] // CHUNK == piece[-1] // CHUNK, "a piece crosses a chunk border"
@@ -51,7 +52,8 @@ def check_batch(batch: Batch, lab: EngineLab) -> None:
         assert len(set(slots)) == len(slots), "two tokens in one slot"
         assert max(slots) < layout.num_pages * layout.block_size
         assert group.keys.lens_S.tolist() == group.keys.lens
-        for s, (lo, hi) in enumerate(pairwise(batch.q_starts)):
+        assert group.keys.starts_S.tolist() == group.keys.starts == starts
+        for s, (lo, hi) in enumerate(pairwise(starts)):
             start = positions[lo] // CHUNK * CHUNK if local else 0
             assert group.keys.lens[s] == positions[hi - 1] + 1 - start
             for row in range(lo, hi):
@@ -75,7 +77,7 @@ def test_batches_of_a_busy_engine(decoder: Decoder, prefix_caching: bool, monkey
     lab.run()
     assert lab.engine.stats().preemptions > 0
     assert {len(lab.tokens(id_)) for id_ in ids} == {25}
-    assert max(len(batch.q_starts) for batch in batches) > 3
+    assert max(len(batch.pages[False, 0].keys.lens) for batch in batches) > 2
     assert len(lab.runner._tables._free_rows) == 4
 
 

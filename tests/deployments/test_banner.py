@@ -56,6 +56,17 @@ def test_expert_shards_are_counted_where_there_are_some() -> None:
     assert banner(info=INFO | {"expert_shards": 1, "expert_copies": 1})[0].endswith("1 engine, 1 expert shard)")
 
 
+def test_it_says_what_equal_requests_can_count_on() -> None:
+    exact = banner(info=INFO | {"numerics": "exact", "numeric_class": "cpu-x/bfloat16"})
+    assert "Bits    exact: equal for equal requests; class cpu-x/bfloat16" in exact
+    assert "Bits    fast: equal requests may differ" in banner(info=INFO | {"numerics": "fast"})
+
+
+def test_it_says_what_the_weights_are_quantised_to() -> None:
+    assert "int4 weights, bfloat16 on cpu" in "\n".join(banner(info=INFO | {"quantize": "int4"}))
+    assert "weights," not in "\n".join(banner(info=INFO | {"quantize": "none"}))
+
+
 def test_facts_that_are_not_known_are_left_out() -> None:
     assert not [line for line in banner(info={}) if "None" in line or line.startswith("Memory")]
 

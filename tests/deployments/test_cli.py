@@ -38,7 +38,7 @@ def test_help_starts_with_examples_and_fits_a_screen() -> None:
     text = herd("--help").stdout
     assert len(text.splitlines()) <= 40
     assert text.index("herd serve") < text.index("Options")
-    for command in ("serve", "chat", "complete", "models", "bench", "config"):
+    for command in ("serve", "chat", "complete", "convert", "models", "bench", "config"):
         assert command in text
         shown = herd(command, "--help")
         assert shown.exit_code == 0
@@ -85,6 +85,7 @@ def test_serve_options_are_fields(monkeypatch: pytest.MonkeyPatch) -> None:
         "--engines": ("engine.replicas", 2),
         "--gateways": ("gateway.replicas", 3),
         "--dtype": ("model.dtype", "float32"),
+        "--quantize": ("model.quantize", "int4"),
         "--device": ("engine.device", "cpu"),
         "--threads": ("engine.threads", 4),
         "--load-format": ("model.load_format", "dummy"),
@@ -119,6 +120,7 @@ def test_models_lists_the_presets(tmp_path: Path) -> None:
     assert [row["name"] for row in rows] == list(PRESETS)
     assert {row["name"] for row in rows if row["assumed"]} == {"behemoth"}
     assert 1.0e11 < rows[1]["parameters"] < 1.15e11
+    assert rows[1]["int4_bytes"] < 0.31 * rows[1]["bf16_bytes"]
     assert "fetched at first use" in rows[0]["weights"]
     kept = tmp_path / "cache" / "herd" / "pocket-1-abc"
     kept.mkdir(parents=True)

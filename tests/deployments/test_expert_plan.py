@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from herd.cluster.errors import PlacementError
+from herd.cluster.router_spec import RouterSpec
 from herd.deployments.config import HerdConfig, load_config
 from herd.deployments.expert_plan import Resources, engine_gpus, plan_experts, router_spec
+from herd.model.checkpoint_error import CheckpointError
 from herd.model.config import Llama4Config, parse_config
 from herd.model.presets import PRESETS
+from herd.model.quantization import SCHEMES
+from herd.model.quantization_config import quantization_config
 from herd.model.source import resolve_model
 
 GIB = 1 << 30
@@ -119,6 +124,32 @@ def test_the_number_format_counts() -> None:
     assert plan(**between).experts.mode == "local"
     with pytest.raises(PlacementError):
         plan("model.dtype=float32", **between)
+
+
+def test_quantised_weights_need_less_room() -> None:
+    one_gpu: dict[str, Any] = {"gpus": 1, "gpu_bytes": 80 * GIB}
+    assert chosen(plan("model.quantize=int4", **one_gpu)) == ("cuda", "local", None, "auto", None)
+    with pytest.raises(PlacementError):
+        plan(**one_gpu)
+    with pytest.raises(PlacementError, match=r"768 copies of 61\.9 MiB"):
+        plan("model.quantize=int4", "experts.shards=4", node_bytes=(10 * GIB,) * 4)
+
+
+def test_a_quantised_checkpoint_is_sized_as_it_says() -> None:
+    """And the layers whose experts take more are told apart."""
+    source = resolve_model("scout", load_format="dummy", cache_dir=None)
+    said = quantization_config(SCHEMES["int4"], SCOUT)
+    shape = parse_config(dict(PRESETS["scout"].config) | {"quantization_config": said})
+    declared = router_spec(plan("experts.shards=5", shape=shape, **CPU_LARGE), source, shape)
+    wanted = router_spec(plan("experts.shards=5", "model.quantize=int4", **CPU_LARGE), source, SCOUT)
+    assert declared.sizes == wanted.sizes
+    assert declared.model != wanted.model, "quantised here or there: never taken for the same weights"
+    assert len(set(wanted.sizes.values())) == 2
+    assert [layer for layer, _ in wanted.other_bytes] == [0, 47]
+    assert wanted.num_bytes([(0, 1), (1, 1)]) == wanted.sizes[0, 1] + wanted.expert_bytes
+    assert RouterSpec.from_wire(json.loads(json.dumps(wanted.to_wire()))) == wanted
+    with pytest.raises(CheckpointError, match="quantised already"):
+        plan("model.quantize=int8", shape=shape, **CPU_LARGE)
 
 
 def test_the_router_is_told_what_was_planned() -> None:

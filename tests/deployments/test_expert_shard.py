@@ -23,6 +23,7 @@ from herd.deployments.shard_host import ShardHost, read_expert
 from herd.deployments.shard_lease import LeaseAbandoned, ShardIdentity, ShardLease
 from herd.model.checkpoint import DummySource
 from herd.model.loading import Loader
+from herd.model.quantization import SCHEMES
 from herd.model.tensor_names import text_tensors
 
 from ..tiny_models import tiny_config
@@ -252,6 +253,18 @@ def test_a_digest_tells_bytes_apart() -> None:
 
     assert digests(0) == digests(0)
     assert len(digests(0) | digests(1) | digests(0, torch.float32)) == 3 * len(config.moe_layers)
+
+
+def test_a_digest_tells_number_formats_apart() -> None:
+    config = tiny_config(hidden_size=64, expert_width=64, num_layers=6, moe_layers=frozenset(range(6)))
+    source = DummySource(text_tensors(config), 0, torch.float32)
+
+    def digest(scheme: str, layer: int = 2) -> str:
+        loader = Loader(source, config, dtype=torch.bfloat16, scheme=SCHEMES[scheme])
+        return read_expert(loader, (layer, 1))[1]
+
+    assert digest("int4") == digest("int4")
+    assert len({digest(scheme) for scheme in SCHEMES}) == len(SCHEMES)
 
 
 def test_what_is_read_computes_like_the_whole_model() -> None:

@@ -1,3 +1,4 @@
+# pyright: reportCallIssue=false
 from __future__ import annotations
 
 import numpy as np
@@ -11,9 +12,11 @@ from herd.kernels.cpu_memory import (
     exp_f32,
     f32_array,
     f32_to_bf16,
+    fetch_add,
     i32_array,
     i64_array,
     load,
+    stack,
     store,
 )
 
@@ -131,6 +134,21 @@ def test_typed_arrays_over_addresses() -> None:
     x = torch.arange(5.0)
     double_floats(x.data_ptr(), 5)
     assert x.tolist() == [0, 2, 4, 6, 8]
+
+
+@compiled
+def count_on_the_stack(turns):
+    first, second = stack(8), stack(100)
+    i64_array(first, 1)[0] = 5
+    i64_array(second, 12)[:] = 0
+    total = 0
+    for _ in range(turns):
+        total += fetch_add(first, 2)
+    return total, i64_array(first, 1)[0], first % 64, second % 64, i64_array(second, 12).sum()
+
+
+def test_memory_on_the_stack_and_counting_in_it() -> None:
+    assert count_on_the_stack(3) == (5 + 7 + 9, 11, 0, 0, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int32])

@@ -41,3 +41,23 @@ def test_multiply_add_of_vectors(width: int, dtype: torch.dtype) -> None:
     assert torch.equal(y[:width], expected.float())
     assert out[0] == y[0]
     assert math.isfinite(out[0])
+
+
+@compiled
+def round_vectors(px, pout, count, x_tag, out_tag):
+    x, out = elements(px, count, x_tag), elements(pout, count, out_tag)
+    for i in range(0, count, 16):
+        vector_store(out, i, vector_load(x, i, 16))
+
+
+def test_storing_rounds_to_bfloat16_as_torch_does() -> None:
+    """Any bits, halves between two neighbours among them."""
+    bits = torch.randint(-(2**31), 2**31, (1 << 16,), generator=torch.Generator().manual_seed(0))
+    halves = torch.tensor([0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x7F800000, 0x00008000, 1, 0x80000000 - 2**32, 0])
+    x = torch.cat((bits, halves, halves)).to(torch.int32).view(torch.float32)
+    out = torch.empty(len(x), dtype=torch.bfloat16)
+    round_vectors(x.data_ptr(), out.data_ptr(), len(x), dtype_tag(x), dtype_tag(out))
+    nan = x.isnan()
+    assert 100 < nan.sum() < len(x)
+    assert out[nan].isnan().all()
+    assert torch.equal(out[~nan].view(torch.int16), x[~nan].bfloat16().view(torch.int16))

@@ -38,3 +38,12 @@ def test_gate_comes_first() -> None:
     assert silu_mul(torch.tensor([[0.0, 5.0]])).item() == 0.0
     assert silu_mul(torch.tensor([[5.0, 0.0]])).item() == 0.0
     assert silu_mul(torch.tensor([[20.0, -2.0]])).item() == pytest.approx(-40.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_numbers_bits_do_not_depend_on_its_place(dtype: torch.dtype) -> None:
+    """In a whole vector or in the tail."""
+    gate, up = noise(40, dtype=dtype, scale=3.0), noise(40, dtype=dtype, seed=1)
+    whole = silu_mul(torch.cat((gate, up))[None])[0]
+    for count in range(1, 40):
+        assert torch.equal(silu_mul(torch.cat((gate[:count], up[:count]))[None])[0], whole[:count])

@@ -41,10 +41,10 @@ def prefills(decoder: Decoder, lengths: Sequence[int] = LENGTHS) -> tuple[list[B
         positions_T, pages = torch.arange(length), {}
         for k, kind in enumerate(kinds):
             page = s * num_layers + k
-            keys = PagedKeys(torch.tensor([[page]]).int(), torch.tensor([length]).int(), [length])
+            keys = PagedKeys.build(torch.tensor([[page]]).int(), [length], [0, length])
             pages[kind] = GroupPages(page * BLOCK + positions_T, keys)
         ids_T = torch.tensor(random_ids(length, vocab_size=61, seed=s))
-        batches.append(Batch(ids_T, positions_T, [0, length], pages))
+        batches.append(Batch(ids_T, positions_T, pages))
     return batches, cache
 
 
@@ -96,7 +96,7 @@ def test_what_is_computed_while_rows_travel(decoder: Decoder) -> None:
 
         return noted
 
-    decoder._layers = [replace(layer, mlp=noting(layer.mlp)) for layer in decoder._layers]
+    decoder.layers = [replace(layer, mlp=noting(layer.mlp)) for layer in decoder.layers]
     batches, cache = prefills(decoder)
     decoder.forward(batches[0], cache)
     assert experts.events == [(event, call) for call in range(4) for event in ("dispatch", "shared", "collect")]
@@ -145,12 +145,12 @@ def test_any_error_leaves_no_dispatch_behind(decoder: Decoder, monkeypatch: pyte
     experts = send_experts_away(decoder)
     attention, calls = decoder_module.paged_attention, 0
 
-    def failing(*args: Any) -> Tensor:
+    def failing(*args: Any, **settings: Any) -> Tensor:
         nonlocal calls
         calls += 1
         if calls == 4:
             raise RuntimeError("bad pages")
-        return attention(*args)
+        return attention(*args, **settings)
 
     monkeypatch.setattr(decoder_module, "paged_attention", failing)
     batches, cache = prefills(decoder)

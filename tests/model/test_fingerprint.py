@@ -69,6 +69,8 @@ def test_other_weights_have_another_name(checkpoint: Path, change: Callable[[Pat
 def test_the_format_counts_and_the_seed_where_it_matters(checkpoint: Path) -> None:
     assert named(checkpoint, "float32") != named(checkpoint)
     assert named(checkpoint, seed=1) == named(checkpoint)
+    source = resolve_model(str(checkpoint), cache_dir=None)
+    assert len({fingerprint(source, "bfloat16", 0, kind) for kind in ("auto", "int8", "int4", "fp8")}) == 4
     dummy = resolve_model("scout", load_format="dummy", cache_dir=None)
     assert fingerprint(dummy, "bfloat16", 0) != fingerprint(dummy, "bfloat16", 1)
     assert fingerprint(dummy, "bfloat16", 0) != fingerprint(

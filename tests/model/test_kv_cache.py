@@ -48,6 +48,14 @@ def test_views_share_one_storage_without_overlap(dtype: torch.dtype) -> None:
 
 
 def test_bytes_of_a_token_of_scout() -> None:
-    """4096 bytes a token and layer in bfloat16."""
+    """4096 bytes a token and layer in bfloat16, half of it in fp8."""
     config = tiny_config(num_heads=40, num_kv_heads=8, head_dim=128)
     assert page_bytes(config, layers_per_page=12, block_size=16, dtype=torch.bfloat16) == 4096 * 16 * 12
+    assert page_bytes(config, layers_per_page=12, block_size=16, dtype=torch.float8_e4m3fn) == 2048 * 16 * 12
+
+
+def test_fp8_pages() -> None:
+    config = tiny_config()
+    cache = KvCache(config, num_pages=6, layers_per_page=1, block_size=4, dtype=torch.float8_e4m3fn)
+    assert cache.num_bytes == 6 * page_bytes(config, 1, 4, torch.float8_e4m3fn)
+    assert all(view.dtype is torch.float8_e4m3fn for view in cache.layer(0))

@@ -155,6 +155,7 @@ def test_an_experts_tensors_are_what_it_is_made_of() -> None:
         dummy(MIXED).tensor(f"model.layers.1.feed_forward.experts.{kind}_proj")[3] for kind in ("gate_up", "down")
     ]
     for tensor, expected in zip((gate_up, down), stored, strict=True):
+        assert isinstance(tensor, Tensor)
         assert tensor.is_contiguous()
         assert torch.equal(tensor, expected.t().bfloat16())
     rows = torch.randn(3, 32, dtype=torch.bfloat16)

@@ -119,10 +119,10 @@ def sliding_window(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> Decoder:
         return inputs_kernel.attention_inputs(*args, **kwargs)
 
     def attention(
-        q_THd: Tensor, k_pages: Tensor, v_pages: Tensor, q_starts: list[int], keys: PagedKeys, scale: float
+        q_THd: Tensor, k_pages: Tensor, v_pages: Tensor, keys: PagedKeys, scale: float, *, exact: bool
     ) -> Tensor:
         if not seen_rope[-1]:
-            return paged_attention(q_THd, k_pages, v_pages, q_starts, keys, scale)
+            return paged_attention(q_THd, k_pages, v_pages, keys, scale, exact=exact)
         length, B = keys.lens[0], v_pages.shape[2]
         slots = torch.arange(length)
         pages = keys.tables_SN[0].long()[slots // B]
@@ -214,9 +214,9 @@ def tiled_heads(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> Decoder:
     H, K = oracle.config.num_heads, oracle.config.num_kv_heads
     order = torch.tensor([h for k in range(K) for h in range(k, H, K)])
 
-    def attention(q_THd: Tensor, *args: Any) -> Tensor:
+    def attention(q_THd: Tensor, *args: Any, **settings: Any) -> Tensor:
         out_THd = torch.empty_like(q_THd)
-        out_THd[:, order] = paged_attention(q_THd[:, order].contiguous(), *args)
+        out_THd[:, order] = paged_attention(q_THd[:, order].contiguous(), *args, **settings)
         return out_THd
 
     monkeypatch.setattr(decoder_module, "paged_attention", attention)
