@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def medians(calls: dict[str, Callable[[], object]], reps: int) -> dict[str, float]:
+def medians(calls: Mapping[str, Callable[[], object]], reps: int) -> dict[str, float]:
     """Seconds of each, called in turns."""
     for call in calls.values():
         call()

@@ -89,7 +89,7 @@ async def level(target: Target, args: argparse.Namespace, streams: int, rng: ran
             prompt = random_prompt(args, rng)
             done.append(await one(session, target, args.model, args.max_tokens, prompt))
 
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)) as session:
         before = cpu_by_role(target.pid) if target.pid else {}
         began = time.perf_counter()
         await asyncio.gather(*(worker(session) for _ in range(streams)))
